@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Replays the whole iterated pipeline of "Secrets of RLHF Part II" by running every stage in order:
+#
+#   bash run_all.sh                                  the embedded world, minutes on two CPU cores
+#   bash run_all.sh --preset paper --gpus 8          Llama-2-7B on HH-RLHF
+#   bash run_all.sh --preferences my.jsonl --model my/model --out out_mine
+#   bash run_all.sh --limit 4                        smoke run: at most 4 steps in every loop
+#   bash run_all.sh test                             the test suite, in the same environment
+#
+#   --out DIR          run directory (default: out)
+#   --preset NAME      toy (default) or paper: the column of every stage's hyperparameter table
+#   --model NAME       base model, a local path or hub id (default: tiny in toy, meta-llama/Llama-2-7b-hf in paper)
+#   --preferences S…   preference data: toy, toy:summary, files or hub ids   --sft S…   --prompts S…   (see 00_data.py)
+#   --rounds R         MetaRM rounds (default: 3 in toy, 4 in paper)
+#   --seed N           random seed (default: 0)
+#   --limit N          at most N optimiser or roll-out steps in every loop, 64*N rows in every split
+#   --gpus N           processes on this machine (default: all GPUs, or one process on a CPU)
+#   --hostfile F       machines, in DeepSpeed's format
+#   --from STAGE       run this stage (04, 04_rm_denoise, 07_metarm/round_2, ...) and all after it again
+#   --dry_run          print every command with its resolved hyperparameters and run nothing
+#
+# A stage whose directory is complete is skipped with one line. Commands are kept in DIR/commands.log.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+fail() { echo "error: $*" >&2; exit 2; }
+
+# ---- flags
+out=out preset= rounds= from= dry= launcher=() data=() test=
+if [ "${1:-}" = test ]; then test=1; shift; fi
+while [ $# -gt 0 ] && [ -z "$test" ]; do
+  flag=$1; shift
+  case $flag in
+    -h|--help) sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+    --dry_run) dry=1; continue ;;
+    --out|--preset|--model|--preferences|--sft|--prompts|--rounds|--seed|--limit|--gpus|--hostfile|--from) ;;
+    *) fail "unknown flag $flag (bash run_all.sh --help lists them)" ;;
+  esac
+  values=()
+  while [ $# -gt 0 ] && [[ $1 != --* ]]; do values+=("$1"); shift; done
+  [ ${#values[@]} -gt 0 ] || fail "$flag needs a value"
+  case $flag in
+    --preferences|--sft|--prompts) ;;
+    *) [ ${#values[@]} -eq 1 ] || fail "$flag takes one value, got: ${values[*]}" ;;
+  esac
+  case $flag in
+    --rounds|--limit|--gpus|--seed) [[ ${values[0]} =~ ^[0-9]+$ ]] || fail "$flag takes a whole number, got: ${values[0]}" ;;
+  esac
+  case $flag in
+    --out) out=${values[0]} ;;
+    --preset) preset=${values[0]}; data+=(--preset "$preset"); [[ $preset =~ ^(toy|paper)$ ]] || fail "--preset is toy or paper" ;;
+    --rounds) rounds=${values[0]} ;;
+    --from) from=${values[0]} ;;
+    --gpus) launcher+=(--num_gpus "${values[0]}") ;;
+    --hostfile) launcher+=(--hostfile "${values[0]}") ;;
+    *) data+=("$flag" "${values[@]}") ;;
+  esac
+done
+
+# ---- environment: an active one is used as it is, else .venv is made from requirements.txt
+requirements=$here/requirements.txt
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+  if ! cmp -s "$requirements" "$here/.venv/installed.txt"; then
+    echo "making $here/.venv from requirements.txt (a few minutes, once)"
+    python3 -m venv "$here/.venv" || fail "python3 -m venv failed: install python3-venv"
+    "$here/.venv/bin/pip" install -q -r "$requirements" || fail "pip could not install $requirements"
+    cp "$requirements" "$here/.venv/installed.txt"
+  fi
+  export VIRTUAL_ENV=$here/.venv PATH=$here/.venv/bin:$PATH
+fi
+missing=$(python - "$requirements" <<'PY'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+for line in open(sys.argv[1]):
+    name = line.split("==")[0].strip()
+    if name and not name.startswith("#"):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            print(name, end=" ")
+PY
+)
+[ -z "$missing" ] || fail "missing in the active environment: ${missing% }; run: pip install -r $requirements"
+if [ -n "$test" ]; then cd "$here"; exec python -m pytest "$@"; fi
+
+# ---- launcher: one process on a machine without GPUs
+if [ ${#launcher[@]} -eq 0 ] && ! { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then
+  launcher=(--num_gpus 1)
+  export DS_ACCELERATOR=cpu  # or every launch warns that it looked for a GPU
+fi
+# a port of the run's own: on DeepSpeed's default one two runs on a machine stop each other
+launcher+=(--master_port $((20000 + $(cksum <<<"$PWD/$out" | cut -d' ' -f1) % 9000)))
+code=; [ "$PWD" = "$here" ] || code=$here/
+run_json() { [ ! -f "$out/run.json" ] || python -c '
+import json, sys
+print(json.load(open(sys.argv[1])).get(sys.argv[2]) or "")' "$out/run.json" "$1"; }
+
+again=
+# stage ID, purpose, minutes expected (toy preset on two idle cores), script and flags
+stage() {
+  local id=$1 purpose=$2 expected=$3 dir=$1; shift 3
+  case $id in 02_*|04_*|05_*) dir=$id/figures ;; esac        # their last output: all models of the launch are done
+  if [ -n "$from" ] && [[ $id == "$from"* ]]; then again=1; fi
+  local command=(deepspeed "${launcher[@]}" "$code$1" "${@:2}" --out "$out")
+  [ "$id" != 00_data ] || command=(python "$code$1" "${@:2}" --out "$out")
+  if [ -n "$dry" ]; then
+    echo "${command[*]}"; python "$code$1" "${@:2}" --out "$out" ${preset:+--preset "$preset"} --dry_run; return
+  fi
+  if [ -z "$again" ] && [ -f "$out/$dir/manifest.json" ]; then echo "== $id is complete, skipped"; return; fi
+  [ "$(run_json preset)$(run_json limit)" = toy ] || expected=unmeasured
+  echo; echo "== $id: $purpose"
+  echo "   ${command[*]}"
+  echo "   minutes expected: $expected"
+  mkdir -p "$out"; printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
+  again=1; echo "$id" >"$out/rerun_from"  # what comes after is made from other inputs now, also if this is cut short
+  local start=$SECONDS
+  "${command[@]}" || fail "$id failed; run it again with: ${command[*]}"
+  echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
+}
+
+# ---- the pipeline
+begin=$SECONDS
+# every stage of the longest run; --from takes any beginning of one
+known="00_data 01_sft 02_rm_ensemble 03_strength 04_rm_denoise 05_rm_contrastive $(
+  echo {06_ppo,07_metarm}/round_{0..99}) 08_evaluate"
+[ -z "$from" ] || [[ " $known" == *" $from"* ]] || fail "--from $from is no stage (00_data, 04, 07_metarm/round_2, ...)"
+if [ -z "$dry$from" ] && [ -f "$out/rerun_from" ]; then from=$(<"$out/rerun_from"); fi
+if [[ -n $from && 00_data == "$from"* && ${#data[@]} -eq 0 && -f $out/run.json && -z $dry ]] &&
+  [[ $(run_json model)$(run_json preferences) != "tiny['toy']" ]]; then
+  fail "--from $from makes the data anew: give the data flags again (see $out/run.json)"
+fi
+if [ -z "$dry" ] && [[ 00_data != "${from:-none}"* ]] && [ ${#data[@]} -gt 0 ] && [ -f "$out/00_data/manifest.json" ]; then
+  made=$(grep '00_data.py' "$out/commands.log" 2>/dev/null | tail -1 || true)
+  wanted=$(printf '%q ' python "${code}00_data.py" "${data[@]}" --out "$out")
+  [ "$made" = "$wanted" ] || fail "$out was made with other flags (see $out/commands.log): choose another --out, or --from 00"
+fi
+stage 00_data "bring the data into one clean form" 0.1 00_data.py ${data[@]+"${data[@]}"}
+preset=${preset:-$(run_json preset)}
+[ -n "$dry" ] || [ -z "$(run_json limit)" ] || echo "note: $out is a smoke run (--limit $(run_json limit))"
+if [ -z "$rounds" ]; then [ "$preset" = paper ] && rounds=4 || rounds=3; fi
+stage 01_sft "supervised fine-tuning: pi^SFT" 0.5 01_sft.py
+stage 02_rm_ensemble "ten reward models that vote (section 2.2)" 1.5 02_rm_ensemble.py
+stage 03_strength "preference strength, Eq. 4 (section 2.2)" 0.5 03_strength.py
+stage 04_rm_denoise "flip, margin, soft labels (sections 2.4, 2.5)" 1 04_rm_denoise.py
+stage 05_rm_contrastive "SimCSE and SwAV (section 3.1)" 1.5 05_rm_contrastive.py
+stage 06_ppo/round_0 "vanilla PPO under the vanilla reward model" 0.5 06_ppo.py --round 0
+for ((r = 1; r <= rounds; r++)); do
+  stage 07_metarm/round_$r "MetaRM, Algorithm 1, on samples of round $((r - 1)) (section 3.2)" 0.5 07_metarm.py --round $r
+  stage 06_ppo/round_$r "PPO under MetaRM of round $r" 0.5 06_ppo.py --round $r
+done
+stage 08_evaluate "win / tie / lose of every policy (Tables 2 and 3)" 0.3 08_evaluate.py
+[ -n "$dry" ] && exit 0
+[ -z "$from" ] || [ -n "$again" ] || fail "--from $from matched no stage of this run"
+rm -f "$out/rerun_from"
+echo; cat "$out/08_evaluate/tables.md"
+echo "everything is in $out/ (commands in $out/commands.log); $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"
