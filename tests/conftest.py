@@ -1,0 +1,53 @@
+"""Tests import the numbered stages from the repository's root and never touch the network."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def run(*command, check=True):
+    """A command in the repository's root, as a user would give it; its output is shown when it fails."""
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert not check or done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
+    return done
+
+
+def deepspeed(processes, script, *flags):
+    """A stage through the real launcher. The port is free for the taking by one test at a time."""
+    return run("deepspeed", "--num_gpus", processes, "--master_port", 29731, script, *flags)
+
+
+def python_stages(*commands):
+    """Several stages in one Python process: one start-up instead of one each."""
+    code = "import importlib, sys\n" + "".join(
+        f"importlib.import_module({c[0]!r}).main({[str(x) for x in c[1:]]!r})\n" for c in commands)
+    return run(sys.executable, "-c", code)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A run directory with a barely trained SFT model, two voters, the baseline reward model and round 0."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    flags = ["--out", out]
+    python_stages(
+        ["00_data", *flags, "--preset", "toy", "--n_pairs", 400, "--n_sft", 400, "--n_prompts", 100, "--n_eval", 20],
+        ["01_sft", *flags, "--limit", 60, "--hidden_size", 64, "--layers", 2],
+        ["02_rm_ensemble", *flags, "--M", 2, "--limit", 5],
+        ["03_strength", *flags, "--M", 2],
+        ["04_rm_denoise", *flags, "--methods", "baseline", "--limit", 10],
+        ["06_ppo", *flags, "--round", 0, "--limit", 2])
+    return out
+
+
+@pytest.fixture
+def run_copy(small_run, tmp_path):
+    """A copy of `small_run` that a test may add to."""
+    return Path(shutil.copytree(small_run, tmp_path / "out"))
