@@ -20,16 +20,16 @@ import common
 
 HPARAMS = {
     # name: (paper, toy, help)
-    "epochs": (1.0, 6.0, "passes over the data"),
+    "epochs": (1.0, 4.0, "passes over the data"),
     "batch_size": (32, 16, "global batch, in examples"),
     "micro_batch_size": (4, 16, "examples per process and forward pass"),
     "eval_batch_size": (8, 64, "examples per process when evaluating"),
     "lr": (2e-5, 5e-3, "peak learning rate"),
     "warmup": (0.1, 0.1, "share of the steps with rising learning rate"),
     "eval_every": (500, 500, "steps between evaluations"),
-    "vocab_size": (0, 1024, "size of the trained tokenizer, --model tiny only"),
-    "hidden_size": (0, 96, "--model tiny only"),
-    "layers": (0, 3, "--model tiny only"),
+    "vocab_size": (0, 2048, "size of the trained tokenizer, --model tiny only"),
+    "hidden_size": (0, 112, "--model tiny only"),
+    "layers": (0, 2, "--model tiny only"),
     **common.TRAINING,
 }
 

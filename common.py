@@ -111,9 +111,12 @@ def setup(args):
 
 
 def gather_rows(mine):
-    """Concatenate every rank's list of (index, value) and return the values in index order."""
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, mine)
+    """Concatenate every rank's list of (index, value) and return the values in index order. Values are pickled one by
+    one: numbers and lists go fast, tensors do not."""
+    parts = [mine]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, mine)
     return [value for _, value in sorted((item for part in parts for item in part), key=lambda item: item[0])]
 
 
@@ -466,12 +469,10 @@ def score(model, groups, args, layout, pad_id, features=False):
             share = chunk[rank()::world_size()]
             # a rank without a share still runs the forward pass: ZeRO-3 gathers weights in it
             r, h = model(collate([groups[i] for i in share or chunk[:1]], pad_id, layout))[:2]
-            r = r.float().cpu()
-            mine += zip(share, zip(r, h.float().cpu() if features else r))
+            mine += zip(share, zip(r.tolist(), h.tolist() if features else share))
     model.train(was_training)
-    rows = gather_rows(mine)
-    rewards = torch.stack([r for r, _ in rows])
-    return (rewards, torch.stack([h for _, h in rows])) if features else rewards
+    rewards, h = zip(*gather_rows(mine))
+    return (torch.tensor(rewards), torch.tensor(h)) if features else torch.tensor(rewards)
 
 
 def whole_model(engine):

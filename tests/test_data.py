@@ -346,8 +346,9 @@ def test_toy_world(tmp_path):
     assert all(len(rows_of(out, f"{kind}_{task}")) == 5 for kind in ("eval", "ood") for task in saved["tasks"])
     assert contents(run(tmp_path / "b", *small)) == contents(out) != contents(run(tmp_path / "c", *small, "--seed", 1))
     out = run(tmp_path / "d", *small[2:], "--preset", "paper", "--preferences", "toy:summary")
-    assert metrics(out)["read"] == 4000 and json.loads((out / "run.json").read_text())["tasks"] == ["summary"]
-    assert json.loads((out / "00_data" / "manifest.json").read_text())["hyperparameters"]["n_pairs"] == 4000
+    toy_size = data.HPARAMS["n_pairs"][1]  # the paper's column has none
+    assert metrics(out)["read"] == toy_size and json.loads((out / "run.json").read_text())["tasks"] == ["summary"]
+    assert json.loads((out / "00_data" / "manifest.json").read_text())["hyperparameters"]["n_pairs"] == toy_size
 
 
 # ---------------------------------------------------------------- any row at all, and the real sample
