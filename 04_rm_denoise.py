@@ -70,7 +70,8 @@ def relabel(rows, flip_below=0.0, margin=False, smoothing=0.0):
         out.append({**row, "chosen": row["rejected" if flip else "chosen"],
                     "rejected": row["chosen" if flip else "rejected"], "flipped": flip,
                     "margin": mu_hat if margin else 0.0,
-                    "smoothing": smoothing if mu_hat < 0 else 0.0})
+                    # flipped or not: Figure 23 softens the labels of flipped pairs
+                    "smoothing": smoothing if row[STRENGTH] < 0 else 0.0})
     return out
 
 
