@@ -426,20 +426,18 @@ def main(argv=None):
         audit.log_metrics(stage, 0, kind=kind, **count)
     cut = {}
     for name, split in splits.items():
-        splits[name] = subset(split, 64 * args.limit, args.seed) if args.limit else split
+        cap = args.limit and args.limit * (64 if name in ("train", "sft", "prompts") else 16)
+        splits[name] = subset(split, cap, args.seed) if cap else split
         cut[name] = len(split) - len(splits[name])
         audit.write_jsonl(stage.dir / f"{name}.jsonl", splits[name])
         common.log(f"  {name}.jsonl: {len(splits[name])} rows" + f", {cut[name]} cut by --limit" * bool(cut[name]))
-    audit.finish_stage(stage, {
-        **counts.pop("pairs"), "other_sources": counts, "rows": {name: len(split) for name, split in splits.items()},
-        "cut_by_limit": cut, "sources": {s: audit.sha256(s) for s in sources if Path(s).is_file()}})
     run = {key: getattr(args, key) for key in (
         "preset", "model", "seed", "limit", "preferences", "sft", "prompts", "ood_prompts", "max_prompt_tokens",
         "max_response_tokens")} | {"world": world, "tasks": [name[5:] for name in splits if name.startswith("eval_")]}
-    temporary = Path(args.out) / "run.json.tmp"
-    temporary.write_text(json.dumps(run, indent=1) + "\n")
-    temporary.rename(Path(args.out) / "run.json")
+    audit.finish_stage(stage, {
+        **counts.pop("pairs"), "other_sources": counts, "rows": {name: len(split) for name, split in splits.items()},
+        "cut_by_limit": cut, "sources": {s: audit.sha256(s) for s in sources if Path(s).is_file()}}, run=run)
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

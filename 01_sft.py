@@ -13,6 +13,7 @@ Departures from the paper: (1) every 50th row is held out to report a validation
     deepspeed --num_gpus 8 01_sft.py       # Llama-2-7B, after `python 00_data.py --preset paper`
 """
 import math
+from itertools import islice
 from pathlib import Path
 
 import audit
@@ -72,9 +73,17 @@ def load_base(args, rows):
         common.die(f"cannot load --model {name}: {str(error).splitlines()[0]}")
     if tokenizer.eos_token is None:
         common.die(f"the tokenizer of {name} has no EOS token: every response must end in one")
+    embeddings, run = model.get_input_embeddings().num_embeddings, args.run
+    if max(tokenizer.get_vocab().values()) >= embeddings:
+        common.die(f"the tokenizer of {name} has a larger vocabulary than the model's {embeddings} embeddings: they do not "
+                   "belong together")
+    context, needed = getattr(model.config, "max_position_embeddings", None), run["max_prompt_tokens"] + run["max_response_tokens"]
+    if context and needed > context:
+        common.die(f"{name} reads {context} tokens, a prompt and its response may have {needed}: run 00_data.py with a "
+                   f"smaller --max_prompt_tokens or --max_response_tokens")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -116,9 +125,11 @@ def main(argv=None):
     steps = common.steps_for(args, len(train), args.batch_size, args.epochs)
     engine = common.make_engine(model, args, args.batch_size, args.lr, steps, args.warmup)
 
-    audit.log_metrics(stage, 0, valid_perplexity=perplexity(engine, valid, args, pad_id))
-    batches = common.batches(train, args.batch_size, steps, args.seed)
-    for step, batch in enumerate(common.progress(batches, "sft", steps), 1):
+    done, _ = audit.resume(stage, {"sft": engine}, steps)
+    if not done:
+        audit.log_metrics(stage, 0, valid_perplexity=perplexity(engine, valid, args, pad_id))
+    batches = islice(common.batches(train, args.batch_size, steps, args.seed), done, None)
+    for step, batch in enumerate(common.progress(batches, "sft", steps, done), done + 1):
         micros = common.micro_batches(batch, args.micro_batch_size)
         tokens = sum(len(g["responses"][0]) for g in batch)  # of the global batch: its mean is over tokens
         loss = 0.0
@@ -131,6 +142,7 @@ def main(argv=None):
             valid_perplexity = perplexity(engine, valid, args, pad_id)
             audit.log_metrics(stage, step, train_loss=loss, valid_perplexity=valid_perplexity,
                                grad_norm=grad_norm)
+        audit.end_step(stage, step, batch, loss=loss, grad_norm=grad_norm)
 
     common.save_model(engine, stage.dir, tokenizer)
     sample(engine, tokenizer, train, stage)
@@ -154,4 +166,4 @@ def sample(engine, tokenizer, groups, stage):
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

@@ -13,6 +13,7 @@ used as they are: this stage never sees gold or judge labels.
     deepspeed --num_gpus 8 02_rm_ensemble.py --members 3    # train rm_03 only
 """
 import json
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -49,15 +50,17 @@ def train_member(args, m, tokenizer, train, valid, sft):
     model = common.load_reward_model(sft, args, head_seed=seed)
     engine = common.make_engine(model, args, args.batch_size, args.lr, steps, args.warmup)
     layout = common.choose_layout(args, lambda batch: engine(batch)[0], train)
-    batches = common.batches(train, args.batch_size, steps, seed)
-    for step, batch in enumerate(common.progress(batches, f"rm_{m:02d}", steps), 1):
+    done, _ = audit.resume(stage, {"rm": engine}, steps)
+    batches = islice(common.batches(train, args.batch_size, steps, seed), done, None)
+    for step, batch in enumerate(common.progress(batches, f"rm_{m:02d}", steps, done), done + 1):
         for micro in common.micro_batches(batch, args.micro_batch_size):
             rewards, _ = engine(common.collate(micro, pad_id, layout))              # [B, 2]
             loss = -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()              # Eq. 2
             engine.backward(loss)
-            engine.step()
+            grad_norm = common.step(engine)
         if step % 10 == 0 or step == steps:
             audit.log_metrics(stage, step, loss=loss, train_accuracy=accuracy(rewards), quiet=step != steps)
+        audit.end_step(stage, step, batch, loss=loss, grad_norm=grad_norm)
     valid_accuracy = accuracy(common.score(engine, valid, args, layout, pad_id))
     common.save_model(engine, stage.dir, tokenizer)
     audit.finish_stage(stage, {"valid_accuracy": valid_accuracy, "steps": steps})
@@ -74,6 +77,8 @@ def main(argv=None):
     _, train = common.encode_pairs(tokenizer, audit.read_jsonl(data / "train.jsonl"), args.run)
     _, valid = common.encode_pairs(tokenizer, audit.read_jsonl(data / "valid.jsonl"), args.run)
     members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)]
+    if not args.members:
+        audit.begin_launch(args, "02_rm_ensemble")
     for m in args.members or range(args.M):
         if args.members or not audit.kept(args, members[m], INPUTS):
             train_member(args, m, tokenizer, train, valid, sft)
@@ -99,4 +104,4 @@ def figures(args, members):
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

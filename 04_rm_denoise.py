@@ -14,6 +14,7 @@ terms of Eq. 5 use p = sigma(r_c - r_r - mu_hat); (3) alpha is not in the paper.
     deepspeed 04_rm_denoise.py --methods soft_margin --smoothing 0.2  # one method, another alpha
     deepspeed 04_rm_denoise.py --methods flip --percentile 0 10 --flip_below 1    # Figure 5: the weakest tenth
 """
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -119,19 +120,22 @@ def train_method(args, name, rows, valid_rows, sft, tokenizer):
     engine = common.make_engine(model, args, args.batch_size, args.lr, steps, args.warmup)
     layout = common.choose_layout(args, lambda batch: engine(batch)[0], train)
     sets = three_sets(valid_rows)
-    audit.log_metrics(stage, 0, **accuracies(common.score(engine, valid, args, layout, pad_id), sets))
+    done, _ = audit.resume(stage, {"rm": engine}, steps)
+    if not done:
+        audit.log_metrics(stage, 0, **accuracies(common.score(engine, valid, args, layout, pad_id), sets))
 
-    batches = common.batches(train, args.batch_size, steps, args.seed)
-    for step, batch in enumerate(common.progress(batches, name, steps), 1):
+    batches = islice(common.batches(train, args.batch_size, steps, args.seed), done, None)
+    for step, batch in enumerate(common.progress(batches, name, steps, done), done + 1):
         for micro in common.micro_batches(batch, args.micro_batch_size):
             rewards, _ = engine(common.collate(micro, pad_id, layout))             # [B, 2]
             loss = preference_loss(rewards[:, 0], rewards[:, 1], column(micro, "margin"), column(micro, "smoothing"))
             engine.backward(loss)
-            engine.step()
+            grad_norm = common.step(engine)
         if step % args.eval_every == 0 or step == steps:
             result = accuracies(common.score(engine, valid, args, layout, pad_id), sets)
             audit.log_metrics(stage, step, loss=loss, train_accuracy=(rewards[:, 0] > rewards[:, 1]).float().mean(),
                                **result)
+        audit.end_step(stage, step, batch, loss=loss, grad_norm=grad_norm)
 
     common.save_model(engine, stage.dir, tokenizer)
     audit.finish_stage(stage, {**result, "steps": steps, "flipped": sum(row["flipped"] for row in rows)})
@@ -192,6 +196,8 @@ def main(argv=None):
     common.setup(args)
     tokenizer = common.load_tokenizer(sft)
     train, valid = (audit.read_jsonl(strength / f"{split}.jsonl") for split in ("train", "valid"))
+    if standard:
+        audit.begin_launch(args, "04_rm_denoise")
     for method in args.methods:
         switches = dict(zip(SWITCHES, METHODS[method])) | changed
         name = directory_name(args, method)
@@ -205,4 +211,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

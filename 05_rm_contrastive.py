@@ -18,6 +18,7 @@ is one micro batch of every process.
 """
 import random
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -148,11 +149,12 @@ def train_method(args, method, name, rows, valid_rows, sft, tokenizer):
     engine.eval()
     layout = common.choose_layout(args, lambda batch: engine(batch)[0], train)
     engine.train()
-    common.set_seed(args.seed + common.rank())  # dropout differs between ranks
+    common.set_seed(args.seed * 1000 + common.rank())  # dropout differs between ranks
     sets = denoise.three_sets(valid_rows)
 
-    batches = common.batches(train, args.batch_size, steps, args.seed)
-    for step, batch in enumerate(common.progress(batches, name, steps), 1):
+    done, _ = audit.resume(stage, {"rm": engine}, steps)
+    batches = islice(common.batches(train, args.batch_size, steps, args.seed), done, None)
+    for step, batch in enumerate(common.progress(batches, name, steps, done), done + 1):
         for micro in common.micro_batches(batch, args.micro_batch_size):
             views = micro + micro                                                  # view s, then view t
             rewards, h, prototypes = engine(common.collate(views, pad_id, layout))         # [2B, 2], [2B, 2, H]
@@ -164,10 +166,11 @@ def train_method(args, method, name, rows, valid_rows, sft, tokenizer):
             loss_cl = contrastive_loss(h, prototypes, args, method, step)
             # loss_cl is the loss of the whole global batch on every rank, loss_rm this rank's share of a mean
             engine.backward(loss_rm + beta * common.world_size() * loss_cl)
-            engine.step()
+            grad_norm = common.step(engine)
         if step % args.eval_every == 0 or step == steps:
             result = denoise.accuracies(common.score(engine, valid, args, layout, pad_id), sets)
             audit.log_metrics(stage, step, loss_rm=loss_rm, loss_cl=loss_cl, **result)
+        audit.end_step(stage, step, batch, loss_rm=loss_rm, loss_cl=loss_cl, grad_norm=grad_norm)
 
     common.save_model(engine, stage.dir, tokenizer)
     audit.finish_stage(stage, {**result, "loss_cl": loss_cl.item(), "steps": steps})
@@ -233,6 +236,8 @@ def main(argv=None):
     train, valid = (audit.read_jsonl(strength / f"{split}.jsonl") for split in ("train", "valid"))
     train = denoise.relabel(denoise.percentile_slice(train, *percentile), **switches)
     args.hparams |= switches | {"percentile": percentile}
+    if standard:
+        audit.begin_launch(args, "05_rm_contrastive")
     for method in args.methods:
         name = denoise.directory_name(args, method)
         if not (standard and audit.kept(args, f"05_rm_contrastive/{name}", INPUTS)):
@@ -242,4 +247,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

@@ -23,6 +23,7 @@ policy's distribution is its own at the sampling temperature; top-p and repetiti
 import math
 import random
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ HPARAMS = {
     "eval_every": (100, 10, "steps between samples of the same ten prompts"),
     **common.TRAINING,
     "zero": (3, 0, "DeepSpeed ZeRO stage"),
+    "save_every": (200, 10, common.TRAINING["save_every"][2]),
 }
 
 
@@ -127,6 +129,7 @@ def paths(args):
                  if (out / d / args.rm / "manifest.json").exists()]
         if not found:
             common.die(f"no finished reward model {args.rm} in {out}/04_rm_denoise or {out}/05_rm_contrastive")
+        audit.require(args, found[0], f"python {found[0].split('/')[0]}.py")
         return f"06_ppo/{args.rm}", "01_sft", found[0]
     r = args.round
     if r == 0:
@@ -182,7 +185,7 @@ def rollout_metrics(experience, gold):
     values = {"reward": reward.mean(), "return": ret.mean(), "kl": kl.mean(), "kl_nonnegative": k3.mean(),
               "kl_per_token": kl.sum() / length.sum(), "perplexity_sft": (nll.sum() / length.sum()).exp(),
               "entropy": entropy.sum() / length.sum(), "length": length.mean(), "cut": cut.mean()}
-    return values | ({"gold": sum(gold) / len(gold)} if gold else {})
+    return {k: v.item() for k, v in values.items()} | ({"gold": sum(gold) / len(gold)} if gold else {})
 
 
 def main(argv=None, reward_fn=None):
@@ -240,10 +243,12 @@ def main(argv=None, reward_fn=None):
         if common.rank() == 0:
             audit.write_jsonl(stage.dir / "samples.jsonl", samples)
 
-    samples, running, history = [], (0, 0.0, 0.0), []
-    evaluate(0)
-    steps = common.batches(prompts, args.batch_size, iterations, seed)
-    for step, batch in enumerate(common.progress(steps, name, iterations), 1):
+    done, state = audit.resume(stage, {"actor": actor, "critic": critic}, iterations)
+    samples, running, history = (state.get(k, v) for k, v in (("samples", []), ("running", (0, 0.0, 0.0)), ("history", [])))
+    if not done:
+        evaluate(0)
+    steps = islice(common.batches(prompts, args.batch_size, iterations, seed), done, None)
+    for step, batch in enumerate(common.progress(steps, name, iterations, done), done + 1):
         # roll-outs: K responses per prompt, this rank's share of the groups in micro batches
         responses = common.generate(actor, tokenizer, [g["prompt"] for g in batch], args.rollouts, args,
                                     seed=seed * iterations + step)
@@ -299,6 +304,9 @@ def main(argv=None, reward_fn=None):
                            critic_grad_norm=norm_v, reward_std=std)
         if step % args.eval_every == 0 or step == iterations:
             evaluate(step)
+        audit.end_step(stage, step, batch, {"samples": samples, "running": running, "history": history},
+                       policy_loss=loss_pi, value_loss=loss_v, actor_grad_norm=norm_pi, critic_grad_norm=norm_v,
+                       reward=values["reward"])
 
     common.save_model(actor, stage.dir, tokenizer)
     curves(stage, history)
@@ -323,4 +331,4 @@ def curves(stage, history):
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

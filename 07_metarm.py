@@ -18,6 +18,7 @@ preset trains in autocast at ZeRO-3 where 04 uses bf16 at ZeRO-2, so compare J w
 import random
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,10 +111,13 @@ def backward(engine, losses):
 def sample_meta(args, policy_dir, prompt_rows, stage, tokenizer):
     """k responses per prompt from the previous round's policy → groups, the meta data set S; samples.jsonl keeps them
     as text and as the ids they are trained on (decoding and encoding again need not give the same)."""
+    groups = common.encode(tokenizer, prompt_rows, [], args.run)
+    if stage.checkpoint:  # sampled before this process was started again
+        responses = [row["response_ids"] for row in audit.read_jsonl(stage.dir / "samples.jsonl")]
+        return [{**g, "responses": common.finished(r, tokenizer.eos_token_id)} for g, r in zip(groups, responses)]
     if args.precision == "autocast":  # fp32 weights are for the meta step; sampling fits 80 GB in bf16
         args = SimpleNamespace(**{**vars(args), "precision": "bf16"})
     policy = common.frozen(common.load_policy(policy_dir, args), args)
-    groups = common.encode(tokenizer, prompt_rows, [], args.run)
     responses = common.generate(policy, tokenizer, [g["prompt"] for g in groups], args.k, args, args.seed + args.round)
     rows = [{"id": row["id"], "prompt": row["prompt"],
              "responses": tokenizer.batch_decode(r, skip_special_tokens=True), "response_ids": r}
@@ -151,7 +155,7 @@ def main(argv=None):
         "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", f"06_ppo/round_{r - 1}"])
     tokenizer = common.load_tokenizer(sft)
     pad_id = tokenizer.pad_token_id
-    count = min(args.meta_prompts, 64 * args.limit if args.limit else args.meta_prompts)
+    count = min(args.meta_prompts, 16 * args.limit if args.limit else args.meta_prompts)
     rows = audit.read_jsonl(data / "prompts.jsonl")  # in the order of the sources: draw, anew each round
     rows = random.Random(f"{args.seed} {r}").sample(rows, min(count, len(rows)))
     groups = sample_meta(args, policy_dir, rows, stage, tokenizer)
@@ -182,8 +186,10 @@ def main(argv=None):
 
     pair_batches = common.batches(train, args.batch_size, steps, args.seed)
     meta_batches = common.batches(meta, args.meta_batch_size, steps, args.seed + 1)
-    before = held_back_J(engine)
-    for step, (X_t, X_s) in enumerate(common.progress(zip(pair_batches, meta_batches), stage.name, steps), 1):
+    done, state = audit.resume(stage, {"rm": engine}, steps)
+    before = state["J_initial"] if done else held_back_J(engine)
+    steps_left = islice(zip(pair_batches, meta_batches), done, None)
+    for step, (X_t, X_s) in enumerate(common.progress(steps_left, stage.name, steps, done), done + 1):
         J_X_s = backward(engine, micros(J, X_s))                                   # Algorithm 1, line 4, Eq. 11
         theta = ascend(engine, args.eta)                                           # line 5, Eq. 12: theta'
         measured = step % args.eval_every == 0 or step == steps
@@ -193,12 +199,13 @@ def main(argv=None):
         restore(engine, theta)
         if measured:
             J_theta = held_back_J(engine)
-        engine.step()                                                              # line 7, Eq. 14: at theta
+        grad_norm = common.step(engine)                                            # line 7, Eq. 14: at theta
         if measured:
             result = denoise.accuracies(common.score(engine, valid, args, layout, pad_id),
                                         denoise.three_sets(valid_rows))
             audit.log_metrics(stage, step, loss=loss, J_meta_batch=J_X_s, J_theta=J_theta, J_theta_prime=J_theta_prime,
                                **result)
+        audit.end_step(stage, step, X_t + X_s, {"J_initial": before}, loss=loss, J=J_X_s, grad_norm=grad_norm)
 
     common.save_model(engine, stage.dir, tokenizer)
     vanilla = common.frozen(common.load_reward_model(vanilla_dir, args), args)
@@ -216,4 +223,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

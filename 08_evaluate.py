@@ -117,8 +117,8 @@ def main(argv=None):
     audit.require(args, "06_ppo/round_0", "python 06_ppo.py --round 0")
     common.setup(args)
     kind = args.judge or ("gold" if args.run.get("world") == "toy" else "ensemble")
-    policies = {"sft": "01_sft"} | {path.parent.name: f"06_ppo/{path.parent.name}" for path in sorted(
-        (Path(args.out) / "06_ppo").glob("*/manifest.json")) if path.parent.suffix not in (".partial", ".old")}
+    policies = {"sft": "01_sft"} | {name.split("/")[1]: name for name in audit.finished(args.out)
+                                    if name.startswith("06_ppo/")}
     members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)] if kind == "ensemble" else []
     stage = audit.start_stage(args, "08_evaluate", ["00_data", *policies.values(), *members])
     tokenizer = common.load_tokenizer(Path(args.out) / "01_sft")
@@ -179,4 +179,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    audit.run(main)

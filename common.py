@@ -29,12 +29,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
 
 DTYPE = {"fp32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}  # of the parameters
+SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickles, no code that came with a model
 # Rows shared by the tables of all training stages: name: (paper, toy, help).
 TRAINING = {
     "zero": (2, 0, "DeepSpeed ZeRO stage"),
     "precision": ("bf16", "fp32", "bf16: parameters in bf16, master copy in fp32; autocast: parameters in fp32"),
     "max_grad_norm": (1.0, 1.0, "gradient clipping"),
     "gradient_checkpointing": (True, False, "recompute activations in the backward pass to save memory"),
+    "save_every": (200, 25, "steps between checkpoints, from which the same command goes on"),
 }
 
 
@@ -53,12 +55,12 @@ def log(*parts):
         print(*parts, flush=True)
 
 
-def progress(iterable, description, total=None):
-    """tqdm on rank 0; few lines when stderr is a file."""
+def progress(iterable, description, total=None, initial=0):
+    """tqdm on rank 0; few lines when stderr is a file. `initial`: steps done before this process."""
     from tqdm import tqdm
     # in a log file: a line now and then, none for what ends soon
     slow = {} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
-    return tqdm(iterable, description, total, disable=rank() != 0, leave=False, **slow)
+    return tqdm(iterable, description, total, initial=initial, disable=rank() != 0, leave=False, **slow)
 
 
 # ---------------------------------------------------------------- processes and seeds
@@ -97,6 +99,9 @@ def setup(args):
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     if device().type == "cuda":
         torch.cuda.set_device(device())
     else:
@@ -308,15 +313,19 @@ def token_logps(logits, ids, temperature=1.0):
 
 def load_tokenizer(path):
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     tokenizer.padding_side = "left"  # for generation; training batches are padded by `collate`
     return tokenizer
 
 
-def load_config(path, dropout=0.0):
-    """Config with every dropout set to `dropout` (off everywhere but in stage 05)."""
+def load_config(path, kind, dropout=0.0):
+    """Config with every dropout set to `dropout` (off everywhere but in stage 05). Stops when the checkpoint is not of
+    a `kind`: transformers would make the head that it lacks up at random."""
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    made = (config.architectures or [kind])[0]
+    if kind not in made and not (kind == "CausalLM" and "LMHead" in made):
+        die(f"{path} is a {made}, not a {'reward model' if kind == 'SequenceClassification' else 'causal language model'}")
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, dropout)
@@ -326,17 +335,19 @@ def load_config(path, dropout=0.0):
 def load_policy(path, args):
     """A causal LM, dropout off, in the parameter type of `--precision`."""
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(path, config=load_config(path), dtype=DTYPE[args.precision])
+    return AutoModelForCausalLM.from_pretrained(path, config=load_config(path, "CausalLM"), dtype=DTYPE[args.precision],
+                                                **SAFE)
 
 
 def load_reward_model(path, args, head_seed=None, dropout=0.0):
     """A reward model from `path`; with `head_seed`, a new head N(0, 1/sqrt(H+1)) on the policy found there."""
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging as hf_logging
-    config = load_config(path, dropout)
+    config = load_config(path, "SequenceClassification" if head_seed is None else "CausalLM", dropout)
     config.num_labels = 1
     hf_logging.set_verbosity_error()  # that the head is new is no warning here
-    model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=DTYPE[args.precision])
+    model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=DTYPE[args.precision],
+                                                               **SAFE)
     hf_logging.set_verbosity_warning()
     if not hasattr(model, "score"):
         die(f"{path}: {config.model_type} has no `score` head, so it cannot be a reward model here")
@@ -519,3 +530,8 @@ def generate(engine, tokenizer, prompts, K, args, seed):
             mine += [(i, ids[j * K:(j + 1) * K]) for j, i in enumerate(chunks[c])]
     model.train(was_training)
     return gather_rows(mine)
+
+
+if __name__ == "__main__":  # python common.py verify DIR: see audit.py
+    import audit
+    audit.run(lambda: audit.command_line(sys.argv[1:]))
