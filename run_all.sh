@@ -6,32 +6,39 @@
 #   bash run_all.sh --preferences my.jsonl --model my/model --out out_mine
 #   bash run_all.sh --limit 4                        smoke run: at most 4 steps in every loop
 #   bash run_all.sh test                             the test suite, in the same environment
+#   bash run_all.sh verify [--out DIR]               check every hash of a run, from its last stage back to the data
+#   bash run_all.sh replay [--out DIR] --stage NAME  run a recorded stage again elsewhere and compare, hash by hash
 #
 #   --out DIR          run directory (default: out)
 #   --preset NAME      toy (default) or paper: the column of every stage's hyperparameter table
 #   --model NAME       base model, a local path or hub id (default: tiny in toy, meta-llama/Llama-2-7b-hf in paper)
 #   --preferences S…   preference data: toy, toy:summary, files or hub ids   --sft S…   --prompts S…   (see 00_data.py)
-#   --rounds R         MetaRM rounds (default: 3 in toy, 4 in paper)
+#   --rounds R         MetaRM rounds (default: 3 in toy, 4 in paper, 1 with --limit)
 #   --seed N           random seed (default: 0)
-#   --limit N          at most N optimiser or roll-out steps in every loop, 64*N rows in every split
+#   --limit N          at most N optimiser or roll-out steps in every loop, 64*N rows to train on, 16*N to evaluate
 #   --gpus N           processes on this machine (default: all GPUs, or one process on a CPU)
 #   --hostfile F       machines, in DeepSpeed's format
 #   --from STAGE       run this stage (04, 04_rm_denoise, 07_metarm/round_2, ...) and all after it again
+#   --restart          begin an unfinished stage anew instead of going on from its checkpoint
 #   --dry_run          print every command with its resolved hyperparameters and run nothing
 #
-# A stage whose directory is complete is skipped with one line. Commands are kept in DIR/commands.log.
+# A stage whose directory is complete is skipped with one line, unless one of its inputs has changed; an unfinished one
+# goes on from its last checkpoint. Commands are kept in DIR/commands.log. Ctrl-C and SIGTERM stop after the step in
+# hand, with a checkpoint and exit code 75: the same command goes on.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
 
 # ---- flags
-out=out preset= rounds= from= dry= launcher=() data=() test=
-if [ "${1:-}" = test ]; then test=1; shift; fi
-while [ $# -gt 0 ] && [ -z "$test" ]; do
+out=out preset= rounds= from= dry= restart= stage= launcher=() data=() mode=run
+case ${1:-} in test|verify|replay) mode=$1; shift ;; esac
+while [ $# -gt 0 ] && [ $mode != test ]; do
   flag=$1; shift
   case $flag in
     -h|--help) sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
     --dry_run) dry=1; continue ;;
+    --restart) restart=--restart; continue ;;
+    --stage) [ $mode = replay ] || fail "--stage goes with replay" ;;
     --out|--preset|--model|--preferences|--sft|--prompts|--rounds|--seed|--limit|--gpus|--hostfile|--from) ;;
     *) fail "unknown flag $flag (bash run_all.sh --help lists them)" ;;
   esac
@@ -50,6 +57,7 @@ while [ $# -gt 0 ] && [ -z "$test" ]; do
     --preset) preset=${values[0]}; data+=(--preset "$preset"); [[ $preset =~ ^(toy|paper)$ ]] || fail "--preset is toy or paper" ;;
     --rounds) rounds=${values[0]} ;;
     --from) from=${values[0]} ;;
+    --stage) stage=${values[0]} ;;
     --gpus) launcher+=(--num_gpus "${values[0]}") ;;
     --hostfile) launcher+=(--hostfile "${values[0]}") ;;
     *) data+=("$flag" "${values[@]}") ;;
@@ -80,7 +88,12 @@ for line in open(sys.argv[1]):
 PY
 )
 [ -z "$missing" ] || fail "missing in the active environment: ${missing% }; run: pip install -r $requirements"
-if [ -n "$test" ]; then cd "$here"; exec python -m pytest "$@"; fi
+code=; [ "$PWD" = "$here" ] || code=$here/
+case $mode in
+  test) cd "$here"; exec python -m pytest "$@" ;;
+  verify) exec python "${code}common.py" verify "$out" ;;
+  replay) [ -n "$stage" ] || fail "replay needs --stage NAME"; exec python "${code}common.py" replay "$out" "$stage" ;;
+esac
 
 # ---- launcher: one process on a machine without GPUs
 if [ ${#launcher[@]} -eq 0 ] && ! { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then
@@ -89,12 +102,14 @@ if [ ${#launcher[@]} -eq 0 ] && ! { command -v nvidia-smi >/dev/null && nvidia-s
 fi
 # a port of the run's own: on DeepSpeed's default one two runs on a machine stop each other
 launcher+=(--master_port $((20000 + $(cksum <<<"$PWD/$out" | cut -d' ' -f1) % 9000)))
-code=; [ "$PWD" = "$here" ] || code=$here/
 run_json() { [ ! -f "$out/run.json" ] || python -c '
 import json, sys
 print(json.load(open(sys.argv[1])).get(sys.argv[2]) or "")' "$out/run.json" "$1"; }
 
-again=
+again= child= stopping=
+# to the processes of the stage, not to the launcher: it would kill them after 30 s
+stop() { stopping=1; local p; for p in $(pgrep -P "$child"); do pkill -TERM -P "$p" || kill -TERM "$p"; done; }
+trap stop TERM INT
 # stage ID, purpose, minutes expected (toy preset on two idle cores), script and flags
 stage() {
   local id=$1 purpose=$2 expected=$3 dir=$1; shift 3
@@ -105,16 +120,25 @@ stage() {
   if [ -n "$dry" ]; then
     echo "${command[*]}"; python "$code$1" "${@:2}" --out "$out" ${preset:+--preset "$preset"} --dry_run; return
   fi
-  if [ -z "$again" ] && [ -f "$out/$dir/manifest.json" ]; then echo "== $id is complete, skipped"; return; fi
+  local other; other=$(grep -m 1 "^$id[/ ]" <<<"$changed" || true)
+  if [ -z "$again" ] && [ -n "$other" ]; then
+    echo; echo "== ${other% *} was made from another ${other##* } than is here now: it runs again, and all after it"
+  elif [ -z "$again" ] && [ -f "$out/$dir/manifest.json" ]; then echo "== $id is complete, skipped"; return; fi
   # measured for the toy preset without flags that change its size
   [[ " ${data[*]-} " != *" --limit "* && ${preset:-toy}$(run_json limit) = toy ]] || expected=unmeasured
   echo; echo "== $id: $purpose"
   echo "   ${command[*]}"
   echo "   minutes expected: $expected"
   mkdir -p "$out"; printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
-  again=1; echo "$id" >"$out/rerun_from"  # what comes after is made from other inputs now, also if this is cut short
-  local start=$SECONDS
-  "${command[@]}" || fail "$id failed; run it again with: ${command[*]}"
+  again=1  # what comes after is made from other inputs now
+  local start=$SECONDS result=0
+  "${command[@]}" $restart 9>&- & child=$!
+  wait $child || result=$?
+  if [ -n "$stopping" ]; then wait $child && result=0 || result=$?; fi  # a trap ends the first wait early
+  if [ -n "$stopping" ] || [ $result -eq 75 ]; then
+    echo "stopped in $id; go on with: bash ${code}run_all.sh --out $out"; exit 75
+  fi
+  [ $result -eq 0 ] || fail "$id failed; run it again with: ${command[*]}"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 }
 
@@ -124,7 +148,14 @@ begin=$SECONDS
 known="00_data 01_sft 02_rm_ensemble 03_strength 04_rm_denoise 05_rm_contrastive $(
   echo {06_ppo,07_metarm}/round_{0..99}) 08_evaluate"
 [ -z "$from" ] || [[ " $known" == *" $from"* ]] || fail "--from $from is no stage (00_data, 04, 07_metarm/round_2, ...)"
-if [ -z "$dry$from" ] && [ -f "$out/rerun_from" ]; then from=$(<"$out/rerun_from"); fi
+changed=
+if [ -z "$dry" ]; then
+  mkdir -p "$out" || fail "cannot make $out"
+  if command -v flock >/dev/null; then
+    exec 9>"$out/.run_all.lock"; flock -n 9 || fail "another run_all.sh works on $out: wait for it, or give another --out"
+  fi
+  [ -z "$(ls "$out")" ] || changed=$(python "${code}common.py" changed "$out") || exit 2
+fi
 if [[ -n $from && 00_data == "$from"* && ${#data[@]} -eq 0 && -f $out/run.json && -z $dry ]] &&
   [[ $(run_json model)$(run_json preferences) != "tiny['toy']" ]]; then
   fail "--from $from makes the data anew: give the data flags again (see $out/run.json)"
@@ -137,7 +168,11 @@ fi
 stage 00_data "bring the data into one clean form" 0.1 00_data.py ${data[@]+"${data[@]}"}
 preset=${preset:-$(run_json preset)}
 [ -n "$dry" ] || [ -z "$(run_json limit)" ] || echo "note: $out is a smoke run (--limit $(run_json limit))"
-if [ -z "$rounds" ]; then [ "$preset" = paper ] && rounds=4 || rounds=3; fi
+if [ -z "$rounds" ]; then
+  rounds=3
+  [ "$preset" != paper ] || rounds=4
+  [[ -z $(run_json limit) && " ${data[*]-} " != *" --limit "* ]] || rounds=1  # every stage once
+fi
 stage 01_sft "supervised fine-tuning: pi^SFT" 0.5 01_sft.py
 stage 02_rm_ensemble "ten reward models that vote (section 2.2)" 1.5 02_rm_ensemble.py
 stage 03_strength "preference strength, Eq. 4 (section 2.2)" 0.5 03_strength.py
@@ -151,6 +186,5 @@ done
 stage 08_evaluate "win / tie / lose of every policy (Tables 2 and 3)" 0.3 08_evaluate.py
 [ -n "$dry" ] && exit 0
 [ -z "$from" ] || [ -n "$again" ] || fail "--from $from matched no stage of this run"
-rm -f "$out/rerun_from"
 echo; cat "$out/08_evaluate/tables.md"
 echo "everything is in $out/ (commands in $out/commands.log); $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"

@@ -365,7 +365,7 @@ columns = st.sampled_from(["prompt", "chosen", "rejected", "messages", "conversa
                            "mean preference difference", "gold_chosen"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(row=st.dictionaries(columns, cell) | st.fixed_dictionaries({"chosen": cell, "rejected": cell}) | cell,
        kind=st.sampled_from(["pairs", "sft", "prompts"]))
 def test_any_row_is_kept_dropped_or_reported(row, kind):

@@ -497,7 +497,7 @@ def test_shape_rewards_by_loops(seed, kl_beta):
 
 def test_finished_ends_every_response_in_eos_once():
     responses = [[5, 1], [5, 6]]
-    assert ppo.finished(responses, 1) == [[5, 1], [5, 6, 1]] and responses == [[5, 1], [5, 6]]
+    assert common.finished(responses, 1) == [[5, 1], [5, 6, 1]] and responses == [[5, 1], [5, 6]]
 
 
 @examples

@@ -483,7 +483,7 @@ def test_dropout_is_off_unless_asked_for(name, switch, saved_policy):
     """GPT-2 and OPT drop by default. In training mode two passes are equal, but for stage 05's dropout."""
     _, path = saved_policy(name, **{switch: 0.3})
     assert getattr(transformers.AutoConfig.from_pretrained(path), switch) == 0.3
-    values = common.load_config(path).to_dict()
+    values = common.load_config(path, "CausalLM").to_dict()
     found = {k: v for k, v in values.items() if "drop" in k and isinstance(v, float)}
     assert switch in found and set(found.values()) == {0.0}
     batch = {k: v.cpu() if torch.is_tensor(v) else v for k, v in common.collate(make_groups(2), PAD).items()}

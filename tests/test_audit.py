@@ -1,0 +1,519 @@
+"""Verification, replay, resume after kills and signals, determinism and bad input (see also test_stages.py)."""
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, deepspeed, run
+
+import audit
+
+WORKER = [sys.executable, ROOT / "tests/pipeline_worker.py"]
+
+
+def start(log, *command):
+    """A command in a session of its own, its output in a file."""
+    return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=open(log, "w"), stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+def wait_for(condition, process, seconds=90):
+    """Poll until the condition holds; → False if the process ended before."""
+    for _ in range(int(seconds / 0.05)):
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.05)
+    raise AssertionError("waited too long")
+
+
+def manifests_of(out):
+    return {n: json.loads((out / n / "manifest.json").read_text()) for n in audit.finished(out)}
+
+
+def head(out):
+    return audit.head(manifests_of(out))
+
+
+@pytest.fixture(scope="session")
+def audited(tmp_path_factory):
+    """An undisturbed run of the small pipeline. → (out, seconds of work)"""
+    folder = tmp_path_factory.mktemp("audited")
+    process = start(folder / "log", *WORKER, folder / "out")
+    wait_for(lambda: "READY" in (folder / "log").read_text(), process)
+    begin = time.time()
+    assert process.wait() == 0, (folder / "log").read_text()[-3000:]
+    return folder / "out", time.time() - begin
+
+
+@pytest.fixture
+def copy(audited, tmp_path):
+    return Path(shutil.copytree(audited[0], tmp_path / "out"))
+
+
+# ---------------------------------------------------------------- kill and go on
+
+def test_sigkill_at_twelve_moments_changes_nothing(audited, tmp_path):
+    """In a step, in a checkpoint, in generation, between stages: the end is that of the undisturbed run."""
+    undisturbed, seconds = audited
+    out, rng, kills, hit = tmp_path / "out", random.Random(0), 0, set()
+    for n in range(12):
+        process = start(tmp_path / f"log{n}", *WORKER, out)
+        assert wait_for(lambda: "READY" in (tmp_path / f"log{n}").read_text(), process)
+        time.sleep(rng.uniform(0, 2 * seconds / 13))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        hit |= {str(p.relative_to(out)) for pattern in ("*.partial", "*/*.partial") for p in out.glob(pattern)}
+    run(*WORKER, out)
+    print(f"{kills} kills, unfinished after one: {sorted(hit)}")
+    assert kills == 12 and len(hit) >= 4
+    assert head(out) == head(undisturbed) and audit.verify(out)
+    assert not list(out.rglob("*.partial")) and not list(out.rglob("*.tmp")) and not list(out.rglob("checkpoint*"))
+
+
+@pytest.mark.parametrize("processes, cases", [
+    (1, ["04_rm_denoise:0", "05_rm_contrastive:0", "06_ppo:0", "07_metarm:0", "02_rm_ensemble:0", "01_sft:0"]),
+    (2, ["04_rm_denoise:1", "05_rm_contrastive:2", "06_ppo:3", "07_metarm:0", "07_metarm:2", "07_metarm:3", "01_sft:2"]),
+])
+def test_resume_is_exact(run_copy, tmp_path, processes, cases):
+    """Every training stage, ZeRO 0 to 3: cut off after step 4 of 5, half-written files lying about."""
+    deepspeed(processes, "tests/resume_worker.py", tmp_path / "results.json", run_copy, *cases)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == cases
+    for case, result in results.items():
+        assert result["kept"] == ["checkpoint_4"] and result["files"] >= 3 and result["different"] == [], (case, result)
+
+
+TRAIN = ["04_rm_denoise.py", "--methods", "margin", "--name", "mine", "--limit", 40, "--eval_every", 40, "--batch_size", 16]
+
+
+def test_sigkill_of_two_processes(run_copy, tmp_path):
+    """Launcher and both ranks die at once, in or after the second checkpoint."""
+    flags = [*TRAIN, "--micro_batch_size", 8, "--save_every", 3, "--out", run_copy]
+    log, partial = tmp_path / "log", run_copy / "04_rm_denoise/mine.partial"
+    launcher = ["deepspeed", "--num_gpus", 2, "--master_port", 29733]
+    process = start(log, *launcher, *flags)
+    assert wait_for(lambda: (partial / "checkpoint_6").exists(), process), log.read_text()[-2000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    step = int(max(partial.glob("checkpoint_*"), key=lambda p: p.stat().st_mtime).name.split("_")[1])
+    text = deepspeed(2, *flags).stdout
+    killed = json.loads((run_copy / "04_rm_denoise/mine/manifest.json").read_text())["outputs"]
+    assert f"goes on after step {step} of " in text and step >= 6
+    deepspeed(2, *flags)
+    undisturbed = json.loads((run_copy / "04_rm_denoise/mine/manifest.json").read_text())["outputs"]
+    assert killed == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, number):
+    command, partial = [sys.executable, *TRAIN, "--out", run_copy], run_copy / "04_rm_denoise/mine.partial"
+    process = start(tmp_path / "log", *command)
+    # --limit 40 evaluates at steps 0 and 40 only: the first line means that the loop has begun or is about to
+    assert wait_for(lambda: (partial / "metrics.jsonl").exists() and (partial / "metrics.jsonl").stat().st_size, process)
+    process.send_signal(number)
+    text = (tmp_path / "log").read_text() if process.wait() == audit.STOPPED else ""
+    assert re.search(rf"stopped by {number.name} after step \d+ of \d+.*the same command goes on", text), text
+    assert len(list(partial.glob("checkpoint_*"))) == 1 and not (run_copy / "04_rm_denoise/mine").exists()
+    # other hyperparameters, seed or world size are refused with the differences, and nothing is lost
+    refused = run(*command, "--lr", 0.01, "--seed", 7, check=False)
+    line = refused.stdout.splitlines()[-1]
+    assert refused.returncode == 2 and "--lr (0.001 then, 0.01 now)" in line and "seed (0 then, 7 now)" in line
+    assert "--restart" in line and list(partial.glob("checkpoint_*"))
+    if number == signal.SIGINT:  # a damaged checkpoint is a pickle that is not loaded
+        state = next(partial.glob("checkpoint_*/rm/*.pt"))
+        data = bytearray(state.read_bytes())
+        data[len(data) // 2] ^= 1
+        state.write_bytes(data)
+        damaged = run(*command, check=False)
+        assert damaged.returncode == 2 and "is damaged" in damaged.stdout and state.name in damaged.stdout
+        assert "kept as" in run(*command, "--restart").stdout
+        assert (run_copy / "04_rm_denoise/mine.partial.stale-1").exists()
+    else:
+        assert "goes on after step" in run(*command).stdout
+    assert (run_copy / "04_rm_denoise/mine/manifest.json").exists()
+
+
+def test_the_driver_passes_a_signal_on(copy, tmp_path):
+    """SIGTERM to run_all.sh: the stage ends with a checkpoint, exit code 75; the same command completes the run."""
+    shutil.rmtree(copy / "02_rm_ensemble/figures")
+    shutil.rmtree(copy / "02_rm_ensemble/rm_01")
+    command = ["bash", "run_all.sh", "--out", copy, "--rounds", 1]
+    process = start(tmp_path / "log", *command)
+    assert wait_for(lambda: list(copy.glob("02_rm_ensemble/rm_0?.partial/checkpoint_*")), process), \
+        (tmp_path / "log").read_text()[-2000:]
+    process.send_signal(signal.SIGTERM)
+    code, text = process.wait(), (tmp_path / "log").read_text()
+    assert code == 75 and "stopped in 02_rm_ensemble; go on with: bash run_all.sh" in text, text[-2000:]
+    assert list(copy.glob("02_rm_ensemble/rm_0?.partial/checkpoint_*"))
+
+
+# ---------------------------------------------------------------- one at a time, and what stops a run
+
+def test_a_second_process_is_refused_while_one_works(copy):
+    import fcntl
+    with open(copy / ".lock", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("4711")
+        file.flush()
+        done = run(sys.executable, "03_strength.py", "--M", 2, "--out", copy, check=False)
+        lines = [x for x in done.stdout.splitlines() if "error" in x]
+        assert done.returncode == 2 and len(lines) == 1 and "in use by process 4711" in lines[0]
+    assert not list(copy.rglob("*.partial"))
+
+
+BAD_RUN = """
+import importlib, json, os, sys
+from pathlib import Path
+import audit, common
+out = sys.argv[1]
+def go(name, *flags):
+    sys.argv = [name + ".py"]
+    try: audit.run(lambda: importlib.import_module(name).main(["--out", out, *flags]))
+    except SystemExit as stop: return stop.code
+    return 0
+"""
+
+
+def python(code, *argv):
+    return run(sys.executable, "-c", BAD_RUN + code, *argv, check=False)
+
+
+def test_a_non_finite_loss_stops_with_the_ids(run_copy):
+    """The reward turns NaN at step 4: the checkpoint of step 3 stays, the batch is written down, one line is printed."""
+    done = python("""
+import torch
+denoise, calls = importlib.import_module("04_rm_denoise"), []
+loss = denoise.preference_loss
+def poisoned(*args):
+    calls.append(1)
+    return loss(*args) * (float("nan") if len(calls) == 4 else 1)
+denoise.preference_loss = poisoned
+print("CODE", go("04_rm_denoise", "--methods", "margin", "--limit", "10", "--save_every", "3"))
+""", run_copy)
+    partial = run_copy / "04_rm_denoise/margin.partial"
+    lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
+    assert "CODE 2" in done.stdout and len(lines) == 1 and "Traceback" not in done.stdout, done.stdout[-3000:]
+    assert "04_rm_denoise/margin step 4" in lines[0] and "loss nan" in lines[0] and "bad_batch.jsonl" in lines[0]
+    bad = json.loads((partial / "bad_batch.jsonl").read_text())
+    ids = {json.loads(x)["id"] for x in (run_copy / "03_strength/train.jsonl").read_text().splitlines()}
+    assert bad["step"] == 4 and len(bad["ids"]) == 32 and set(bad["ids"]) <= ids
+    assert (partial / "checkpoint_3/checkpoint.json").exists()
+
+
+def test_a_full_disk_is_one_line_and_finished_stages_stay(copy):
+    done = python("""
+import errno
+write = audit.write_text
+def full(path, text):
+    if "03_strength.partial" in str(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    write(path, text)
+audit.write_text = full
+print("CODE", go("03_strength", "--M", "2"))
+""", copy)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
+    assert "CODE 2" in done.stdout and len(lines) == 1 and "No space left on device" in lines[0], done.stdout[-2000:]
+    assert "Traceback" not in done.stdout and not (copy / "03_strength.partial").exists()
+    assert audit.verify(copy)
+
+
+# ---------------------------------------------------------------- verify
+
+def test_verify_holds_and_prints_the_head(audited):
+    done = run(sys.executable, "common.py", "verify", audited[0])
+    lines = done.stdout.splitlines()
+    names = audit.finished(audited[0])
+    assert len([x for x in lines if x.startswith("ok ")]) == len(names) >= 16
+    assert lines[0].split()[1] == "08_evaluate" and lines[len(names) - 1].split()[1] == "00_data"  # back to the data
+    assert lines[-2] == f"all {len(names)} stages hold" and lines[-1] == f"head {head(audited[0])}"
+
+
+def kinds(out):
+    """One file of each kind: by name, or by suffix where the name is a number."""
+    found = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES - {"run.json"}):
+        found.setdefault(path.name if path.suffix != ".png" else path.suffix, path)
+    return list(found.values())
+
+
+def bad_lines(out, capsys):
+    capsys.readouterr()
+    holds = audit.verify(out)
+    text = capsys.readouterr().out
+    lines = [x for x in text.splitlines() if x.startswith("BAD")]
+    assert holds == (not lines)
+    return " | ".join(lines)
+
+
+def test_every_kind_of_tampering_is_named(copy, capsys):
+    """One byte flipped, a file deleted, one added, two swapped: verify names exactly that file, and holds again after."""
+    paths = kinds(copy)
+    assert len(paths) >= 15
+    tampered = 0
+    for path in paths:
+        name, data = str(path.relative_to(copy)), path.read_bytes()
+        for position in {0, len(data) // 2, len(data) - 1}:
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])
+            assert bad_lines(copy, capsys).split("  ", 2)[2] == f"changed: {name}", name
+            tampered += 1
+        path.unlink()
+        folder = "00_data" if name == "run.json" else str(path.parent.relative_to(copy))
+        assert bad_lines(copy, capsys) == f"BAD  {folder}  missing: {name}"
+        path.write_bytes(data)
+        extra = path.with_name("extra_" + path.name)
+        extra.write_bytes(data)
+        folder = "." if name == "run.json" else folder
+        assert bad_lines(copy, capsys) == f"BAD  {folder}  extra: {extra.relative_to(copy)}"
+        extra.unlink()
+    assert bad_lines(copy, capsys) == "" and tampered >= 40
+
+
+@pytest.mark.parametrize("a, b", [
+    ("02_rm_ensemble/rm_00/model.safetensors", "02_rm_ensemble/rm_01/model.safetensors"),
+    ("00_data/train.jsonl", "00_data/valid.jsonl"), ("06_ppo/round_0/metrics.jsonl", "06_ppo/round_1/metrics.jsonl"),
+    ("04_rm_denoise/flip/manifest.json", "04_rm_denoise/margin/manifest.json"),
+])
+def test_swapped_files_are_named(copy, capsys, a, b):
+    x, y = (copy / a).read_bytes(), (copy / b).read_bytes()
+    (copy / a).write_bytes(y), (copy / b).write_bytes(x)
+    text = bad_lines(copy, capsys)
+    assert a in text and b in text and len(re.findall(r"[\w/]+\.(?:json|jsonl|safetensors)\b", text)) in (2, 4)
+
+
+def test_a_missing_stage_other_code_and_paths_outside_are_named(copy, capsys):
+    shutil.move(copy / "03_strength", copy.parent / "elsewhere")
+    assert "missing: 03_strength" in bad_lines(copy, capsys)
+    shutil.move(copy.parent / "elsewhere", copy / "03_strength")
+    path = copy / "01_sft/manifest.json"
+    for change, words in (({"code": {"01_sft.py": "0" * 64}}, "made by other code: 01_sft.py of commit"),
+                          ({"outputs": {"../../etc/passwd": "0" * 64}}, "changed: 01_sft/manifest.json")):
+        text, manifest = path.read_text(), json.loads(path.read_text())
+        manifest |= change
+        path.write_text(audit.canonical({**manifest, "digest": audit.digest_of(manifest)}))
+        assert words in bad_lines(copy, capsys)
+        path.write_text(text)
+    assert bad_lines(copy, capsys) == ""
+
+
+def test_a_cached_hash_is_not_trusted_by_verify(copy, capsys):
+    """Same size, mtime and inode, other bytes: the pipeline's cache does not see it, verify does."""
+    path = copy / "01_sft/model.safetensors"
+    known = audit.cached_sha256(copy, ["01_sft/model.safetensors"])
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert audit.cached_sha256(copy, ["01_sft/model.safetensors"]) == known
+    assert "changed: 01_sft/model.safetensors" in bad_lines(copy, capsys)
+
+
+# ---------------------------------------------------------------- replay, heads, changed inputs
+
+def test_replay_of_every_stage(copy, tmp_path):
+    """In one process instead of one each; a recorded hash that is not reproduced is named."""
+    stages = sorted({n.split("/")[0] if n[:2] in ("02", "04", "05") else n for n in audit.finished(copy)})
+    done = python(f"""
+import subprocess
+def in_process(command):
+    name = Path(command[1]).stem
+    sys.argv = command[1:]
+    importlib.import_module(name).main(command[2:])
+    return subprocess.CompletedProcess(command, 0)
+audit.subprocess = type("", (), {{"run": staticmethod(lambda c, **k: in_process(c) if c[0] == sys.executable
+                                                      else subprocess.run(c, **k))}})
+for stage in {stages!r}:
+    print("REPLAY", stage, audit.replay(Path(out), stage), flush=True)
+path = Path(out, "03_strength/manifest.json")
+manifest = json.loads(path.read_text())
+manifest["outputs"]["03_strength/train.jsonl"] = "0" * 64
+path.write_text(audit.canonical({{**manifest, "digest": audit.digest_of(manifest)}}))
+print("REPLAY false", audit.replay(Path(out), "03_strength"))
+""", copy)
+    results = [x.split()[1:] for x in done.stdout.splitlines() if x.startswith("REPLAY")]
+    assert results == [[s, "True"] for s in stages] + [["false", "False"]], done.stdout[-3000:]
+    assert "BAD  03_strength  differs: 03_strength/train.jsonl" in done.stdout and len(stages) == 10
+
+
+def test_replay_by_the_command(copy):
+    done = run("bash", "run_all.sh", "replay", "--out", copy, "--stage", "02_rm_ensemble")
+    assert [x for x in done.stdout.splitlines() if x.startswith(("ok", "BAD"))] == [
+        f"ok   02_rm_ensemble/{n}  {k} files equal" for n, k in (("figures", 2), ("rm_00", 5), ("rm_01", 5))]
+    done = run("bash", "run_all.sh", "replay", "--out", copy, "--stage", "02_rm", check=False)
+    assert done.returncode == 2 and "no finished stage 02_rm" in done.stdout
+
+
+def test_equal_runs_have_equal_heads_and_another_seed_has_not(audited, tmp_path):
+    """The kill test has the second run in another directory; here the first stages with another seed differ."""
+    code = "import sys; sys.argv = ['x', sys.argv[1], *sys.argv[2:]]\n" + (ROOT / "tests/pipeline_worker.py").read_text(
+        ).replace("for final, script, more in STAGES", "for final, script, more in STAGES[:3]")
+    (tmp_path / "worker.py").write_text(code.replace("Path(__file__).parents[1]", f"{str(ROOT)!r}"))
+    a, b = tmp_path / "a", tmp_path / "b"
+    run(sys.executable, tmp_path / "worker.py", a), run(sys.executable, tmp_path / "worker.py", b, "--seed", 1)
+    full, other = manifests_of(a), manifests_of(b)
+    whole = manifests_of(audited[0])
+    assert audit.head(full) == audit.head({n: whole[n] for n in full}) != audit.head(other)
+    for name in full:  # the seed has an effect in every stage
+        weights = f"{name}/model.safetensors" if name != "00_data" else "00_data/train.jsonl"
+        if weights in full[name]["outputs"]:
+            assert full[name]["outputs"][weights] != other[name]["outputs"][weights], name
+
+
+def test_a_changed_input_runs_what_was_made_from_it_again(copy):
+    """The driver says which input; old directories stay aside until the new ones are complete."""
+    audit.cached_sha256(copy, [])
+    path = copy / "00_data/prompts.jsonl"  # an input of 06 and 07 only
+    path.write_text("".join(path.read_text().splitlines(True)[1:]))
+    changed = run(sys.executable, "common.py", "changed", copy).stdout.split("\n")[:-1]
+    assert changed == [f"{n} 00_data/prompts.jsonl" for n in (
+        "08_evaluate", "06_ppo/round_0", "06_ppo/round_1", "07_metarm/round_1")]
+    done = run("bash", "run_all.sh", "--out", copy, "--rounds", 1)
+    assert "06_ppo/round_0 was made from another 00_data/prompts.jsonl than is here now: it runs again" in done.stdout
+    assert "04_rm_denoise is complete, skipped" in done.stdout and done.stdout.count("until the new one is complete") == 4
+    assert not [p for p in copy.rglob("*.stale-*")]
+    assert run(sys.executable, "common.py", "changed", copy).stdout == ""
+    assert "changed: 00_data/prompts.jsonl" in run(sys.executable, "common.py", "verify", copy, check=False).stdout
+
+
+def test_a_directory_killed_before_its_last_rename_counts_as_complete(copy):
+    (copy / "08_evaluate").rename(copy / "08_evaluate.partial")
+    assert run(sys.executable, "common.py", "changed", copy).stdout == "" and (copy / "08_evaluate").exists()
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("stage, flags, words", [
+    ("00_data", ["--n_pairs", "1"], ["1 pairs"]), ("00_data", ["--n_pairs", "many"], ["--n_pairs", "--help"]),
+    ("00_data", ["--limit", "0"], ["--limit"]), ("00_data", ["--preferences", "missing.jsonl"], ["missing.jsonl is no file"]),
+    ("01_sft", ["--lr", "nan"], ["--lr must be a finite number"]), ("01_sft", ["--batchsize", "3"], ["--batchsize", "--help"]),
+    ("02_rm_ensemble", ["--zero", "4"], ["--zero", "invalid choice"]), ("07_metarm", ["--round", "3"], ["06_ppo.py --round 2"]),
+    ("06_ppo", ["--round", "3"], ["06_ppo.py --round 2"]), ("06_ppo", ["--rm", "nothing"], ["no finished reward model nothing"]),
+    ("04_rm_denoise", ["--methods", "magic"], ["invalid choice: 'magic'"]),
+])
+def test_bad_flags_of_a_stage_are_one_line(copy, stage, flags, words, capsys):
+    from importlib import import_module
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+    with pytest.raises(SystemExit) as stop:
+        audit.run(lambda: import_module(stage).main(["--out", str(copy), *flags]))
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    assert all(word in lines[0] for word in words), lines[0]
+    assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+
+
+def test_bad_models_and_stages_are_one_line(copy, tmp_path):
+    """Models that cannot work and previous stages that are not what they say, each refused; the run stays as it was."""
+    done = python("""
+import contextlib, io, shutil
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import torch
+base, tmp = Path(out), Path(sys.argv[2])
+def case(name, stage, *flags, model=None, run=None):
+    global out
+    out = str(tmp / name)
+    if not Path(out).exists(): shutil.copytree(base, out)
+    if model is not None:
+        run = json.loads(Path(out, "run.json").read_text()) | {"model": str(model)} | (run or {})
+        Path(out, "run.json").write_text(json.dumps(run))
+    before = {p: p.stat().st_mtime_ns for p in Path(out).rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error): code = go(stage, *flags)
+    same = before == {p: p.stat().st_mtime_ns for p in Path(out).rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+    lines = [x for x in error.getvalue().splitlines() if "error:" in x or "Traceback" in x]
+    print("CASE", json.dumps([name, code, same, lines]), flush=True)
+    with contextlib.suppress(KeyError): audit.unlock(Path(out))
+    audit.open_stages.clear()
+
+def policy(name, change=None, vocabulary=None, context=4096):
+    tokenizer = AutoTokenizer.from_pretrained(base / "01_sft")
+    if change: change(tokenizer)
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=context)).save_pretrained(tmp / name)
+    tokenizer.save_pretrained(tmp / name)
+    return tmp / name
+
+case("reward model as policy", "01_sft", model=base / "04_rm_denoise/baseline")
+case("no eos", "01_sft", model=policy("m1", lambda t: setattr(t, "eos_token", None)))
+case("vocabulary", "01_sft", model=policy("m2", vocabulary=100))
+case("context", "01_sft", model=policy("m3", context=64))
+case("no such model", "01_sft", model=tmp / "nowhere")
+case("hub without network", "01_sft", model="owner/name")
+pickled = policy("m4")
+torch.save(AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
+(pickled / "model.safetensors").unlink()
+case("pickled", "01_sft", model=pickled)
+name = "policy as reward model"
+shutil.copytree(base, tmp / name)
+for file in (tmp / name / "01_sft").iterdir():
+    if file.name != "manifest.json": shutil.copy(file, tmp / name / "04_rm_denoise/baseline" / file.name)
+case(name, "06_ppo", "--round", "0")
+name = "a copy"
+shutil.copytree(base, tmp / name)
+shutil.rmtree(tmp / name / "04_rm_denoise/flip")
+shutil.copytree(base / "04_rm_denoise/margin", tmp / name / "04_rm_denoise/flip")
+case(name, "06_ppo", "--rm", "flip")
+name = "of another run"
+shutil.copytree(base, tmp / name)
+with open(tmp / name / "02_rm_ensemble/rm_01/model.safetensors", "ab") as file: file.write(b" ")
+case(name, "04_rm_denoise")
+name = "malformed row"
+shutil.copytree(base, tmp / name)
+with open(tmp / name / "00_data/train.jsonl", "a") as file: file.write("{half")
+case(name, "02_rm_ensemble")
+name = "damaged manifest"
+shutil.copytree(base, tmp / name)
+(tmp / name / "01_sft/manifest.json").write_text("{")
+case(name, "02_rm_ensemble")
+name = "damaged run.json"
+shutil.copytree(base, tmp / name)
+(tmp / name / "run.json").write_text("")
+case(name, "02_rm_ensemble")
+name = "input deleted"
+shutil.copytree(base, tmp / name)
+(tmp / name / "01_sft/model.safetensors").unlink()
+case(name, "02_rm_ensemble")
+""", copy, tmp_path)
+    cases = [json.loads(x[5:]) for x in done.stdout.splitlines() if x.startswith("CASE ")]
+    words = {"reward model as policy": ["is a LlamaForSequenceClassification"], "no eos": ["no EOS token"],
+             "vocabulary": ["vocabulary"], "context": ["64", "--max_prompt_tokens"], "no such model": ["nowhere"],
+             "hub without network": ["owner/name"], "pickled": ["m4"],
+             "policy as reward model": ["LlamaForCausalLM", "04_rm_denoise/baseline"], "a copy": ["is a copy of 04_rm_denoise/margin"],
+             "of another run": ["03_strength was made from another 02_rm_ensemble/rm_01/model.safetensors", "python 03_strength.py"],
+             "malformed row": ["train.jsonl:"], "damaged manifest": ["01_sft/manifest.json is damaged"],
+             "damaged run.json": ["run.json is damaged"], "input deleted": ["01_sft/model.safetensors"]}
+    assert [c[0] for c in cases] == list(words), done.stdout[-3000:]
+    for name, code, same, lines in cases:
+        assert code == 2 and same and len(lines) == 1 and lines[0].startswith("error: "), (name, code, same, lines)
+        assert all(word in lines[0] for word in words[name]), (name, lines)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    (tmp_path / "out").write_text("a file where the run directory should be")
+    done = run(sys.executable, "00_data.py", "--out", tmp_path / "out", "--n_pairs", 20, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout and "out" in done.stdout.splitlines()[-1]
+    done = run(sys.executable, "00_data.py", "--out", tmp_path / "out", "--n_pairs", 20, "--debug", check=False)
+    assert "Traceback" in done.stdout
+
+
+def test_an_error_on_two_processes_is_one_line_and_none_hangs(run_copy):
+    """All ranks find the error; one speaks. An exception on rank 1 alone is told by rank 1."""
+    begin = time.time()
+    done = run("deepspeed", "--num_gpus", 2, "--master_port", 29735, "06_ppo.py", "--out", run_copy, "--rm", "none",
+               check=False)
+    assert done.returncode == 2 and sum("error: no finished" in x for x in done.stdout.splitlines()) == 1
+    done = run("deepspeed", "--num_gpus", 2, "--master_port", 29735, "04_rm_denoise.py", "--out", run_copy, "--methods",
+               "margin", "--batch_size", 15, check=False)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
+    assert done.returncode == 2 and len(lines) == 1 and "does not split evenly over 2 processes" in lines[0]
+    assert "Traceback" not in done.stdout and time.time() - begin < 90
