@@ -75,12 +75,13 @@ def load_base(args, rows):
         common.die(f"the tokenizer of {name} has no EOS token: every response must end in one")
     embeddings, run = model.get_input_embeddings().num_embeddings, args.run
     if max(tokenizer.get_vocab().values()) >= embeddings:
-        common.die(f"the tokenizer of {name} has a larger vocabulary than the model's {embeddings} embeddings: they do not "
-                   "belong together")
-    context, needed = getattr(model.config, "max_position_embeddings", None), run["max_prompt_tokens"] + run["max_response_tokens"]
+        common.die(f"the tokenizer of {name} has a larger vocabulary than the model's {embeddings} embeddings: they do "
+                   "not belong together")
+    context = getattr(model.config, "max_position_embeddings", None)
+    needed = run["max_prompt_tokens"] + run["max_response_tokens"]
     if context and needed > context:
-        common.die(f"{name} reads {context} tokens, a prompt and its response may have {needed}: run 00_data.py with a "
-                   f"smaller --max_prompt_tokens or --max_response_tokens")
+        common.die(f"{name} reads {context} tokens, a prompt and its response may have {needed}: run 00_data.py with "
+                   "a smaller --max_prompt_tokens or --max_response_tokens")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) > embeddings:

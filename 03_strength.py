@@ -150,10 +150,9 @@ def main(argv=None):
 
     twenty = by_strength(train, args.groups)
     for i, group in enumerate(twenty):
+        gold = [float(row["gold_chosen"] > row["gold_rejected"]) for row in group if "gold_chosen" in row]
         audit.log_metrics(stage, i, quiet=True, mean=mean(row[MEAN] for row in group),
-                           std=mean(row[STD] for row in group),
-                           gold_agreement=mean(float(row["gold_chosen"] > row["gold_rejected"]) for row in group
-                                               if "gold_chosen" in row))
+                          std=mean(row[STD] for row in group), **({"gold_agreement": mean(gold)} if gold else {}))
     consistent, judged = consistency(valid, args.group_size)
     if common.rank() == 0:
         audit.write_jsonl(stage.dir / "train.jsonl", train)

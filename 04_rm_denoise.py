@@ -14,6 +14,7 @@ terms of Eq. 5 use p = sigma(r_c - r_r - mu_hat); (3) alpha is not in the paper.
     deepspeed 04_rm_denoise.py --methods soft_margin --smoothing 0.2  # one method, another alpha
     deepspeed 04_rm_denoise.py --methods flip --percentile 0 10 --flip_below 1    # Figure 5: the weakest tenth
 """
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -53,7 +54,8 @@ STRENGTH = "mean preference difference"
 def preference_loss(r_chosen, r_rejected, margin=0.0, smoothing=0.0):
     """Eqs. 2, 5, 6: -[(1 - alpha) log sigma(d) + alpha log sigma(-d)], d = r_c - r_r - mu_hat; mean over pairs.
 
-    sigma(r_c - r_r) is p(y_c > y_r | x) of Eq. 1. r_chosen, r_rejected: [B]; margin (mu_hat) and smoothing (alpha): scalars or [B]. → scalar.
+    sigma(r_c - r_r) is p(y_c > y_r | x) of Eq. 1. r_chosen, r_rejected: [B]; margin (mu_hat) and smoothing (alpha):
+    scalars or [B]. → scalar.
     alpha = 0 and mu_hat = 0 is the vanilla loss, Eq. 2.
     """
     d = r_chosen - r_rejected - margin                                             # [B], Eq. 6
@@ -145,7 +147,7 @@ def train_method(args, name, rows, valid_rows, sft, tokenizer):
 def figure_8(args):
     """Figure 8: accuracy of every standard method on the three validation sets during training."""
     names = [f"04_rm_denoise/{n}" for n, (*_, percentile) in METHODS.items() if percentile == (0, 100)]
-    stage = audit.start_stage(args, "04_rm_denoise/figures", names)
+    stage = audit.start_stage(args, "04_rm_denoise/figures", [f"{name}/metrics.jsonl" for name in names])
     curves = {name: audit.read_jsonl(Path(args.out) / name / "metrics.jsonl") for name in names}
     keys = [k for k in ("accuracy_original", "accuracy_judge", "accuracy_consistent") if k in curves[names[0]][0]]
     if common.rank() == 0:
@@ -177,6 +179,15 @@ def directory_name(args, method):
     return args.name or "_".join([method, *parts])
 
 
+def check_name(args):
+    """--name is one directory, for one method."""
+    if args.name and len(args.methods) > 1:
+        common.die("--name goes with one method: add --methods NAME")
+    if args.name and (not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name) or audit.ASIDE.search(args.name)
+                      or args.name == "figures"):
+        common.die(f"--name {args.name} cannot be a directory of this stage")
+
+
 def given_switches(args):
     """The switches set on the command line."""
     return {k: getattr(args, k) for k in SWITCHES if getattr(args, k) is not None}
@@ -191,8 +202,7 @@ def main(argv=None):
     sft = audit.require(args, "01_sft", "python 01_sft.py")
     changed = given_switches(args)
     standard = not changed and not args.name
-    if args.name and len(args.methods) > 1:
-        common.die("--name goes with one method: add --methods NAME")
+    check_name(args)
     common.setup(args)
     tokenizer = common.load_tokenizer(sft)
     train, valid = (audit.read_jsonl(strength / f"{split}.jsonl") for split in ("train", "valid"))

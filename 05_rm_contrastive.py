@@ -123,7 +123,8 @@ class ContrastiveRewardModel(common.RewardModel):
 
 def contrastive_loss(h, prototypes, args, name, step):
     """L_cl of one micro batch: features of both views [2B, 2, H] (view s first) → scalar over all ranks."""
-    h = contrastive_features(h, name.endswith("_diff")).view(2, 2, -1, h.shape[-1])        # [chosen|rejected, s|t, B, H]
+    h = contrastive_features(h, name.endswith("_diff"))                            # [2 * 2B, H]
+    h = h.view(2, 2, -1, h.shape[-1])                                              # [chosen|rejected, s|t, B, H]
     h_s, h_t = (gather_features(view.flatten(0, 1)) for view in h.unbind(1))       # [N', H] each
     if name.startswith("simcse"):
         return simcse_loss(h_s, h_t, args.simcse_tau)
@@ -226,8 +227,7 @@ def main(argv=None):
     strength = audit.require(args, "03_strength", "python 03_strength.py")
     sft = audit.require(args, "01_sft", "python 01_sft.py")
     audit.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
-    if args.name and len(args.methods) > 1:
-        common.die("--name goes with one method: add --methods NAME")
+    denoise.check_name(args)
     switches = {"flip_below": 0.0, "margin": False, "smoothing": 0.0} | denoise.given_switches(args)
     percentile = switches.pop("percentile", [0, 100])
     standard = not denoise.given_switches(args) and not args.name

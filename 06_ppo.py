@@ -244,7 +244,8 @@ def main(argv=None, reward_fn=None):
             audit.write_jsonl(stage.dir / "samples.jsonl", samples)
 
     done, state = audit.resume(stage, {"actor": actor, "critic": critic}, iterations)
-    samples, running, history = (state.get(k, v) for k, v in (("samples", []), ("running", (0, 0.0, 0.0)), ("history", [])))
+    samples, history = state.get("samples", []), state.get("history", [])
+    running = state.get("running", (0, 0.0, 0.0))
     if not done:
         evaluate(0)
     steps = islice(common.batches(prompts, args.batch_size, iterations, seed), done, None)
@@ -317,8 +318,8 @@ def main(argv=None, reward_fn=None):
 
 
 def curves(stage, history):
-    """Reward, return, KL, perplexity (and gold) over the steps, curves.png: one line of Figure 9, Figure 12 or Figure 17,
-    by the reward model."""
+    """Reward, return, KL, perplexity (and gold) over the steps, curves.png: one line of Figure 9, Figure 12 or
+    Figure 17, by the reward model."""
     if common.rank() == 0:
         plt = audit.pyplot()
         keys = [k for k in ("reward", "return", "kl", "perplexity_sft", "length", "gold") if k in history[0]]

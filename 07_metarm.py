@@ -165,8 +165,8 @@ def main(argv=None):
     _, train = common.encode_pairs(tokenizer, audit.read_jsonl(strength / "train.jsonl"), args.run)
     valid_rows, valid = common.encode_pairs(tokenizer, audit.read_jsonl(strength / "valid.jsonl"), args.run)
     steps = common.steps_for(args, len(train), args.batch_size, args.epochs)
-    engine = common.make_engine(common.load_reward_model(sft, args, head_seed=args.seed), args, args.batch_size, args.lr,
-                                steps, args.warmup)
+    model = common.load_reward_model(sft, args, head_seed=args.seed)
+    engine = common.make_engine(model, args, args.batch_size, args.lr, steps, args.warmup)
     layout = common.choose_layout(args, lambda batch: engine(batch)[0], train)
 
     def J(X):

@@ -84,7 +84,8 @@ def compare(verdicts):
 
 def table(title, rows):
     """Markdown table of (policy, opponent, set, compare()) rows, in per cent."""
-    lines = [f"**{title}**", "", "| set | policy | opponent | win | tie | lose | win, 95 % | n |", "|---|---|---|" + "---:|" * 5]
+    lines = [f"**{title}**", "", "| set | policy | opponent | win | tie | lose | win, 95 % | n |",
+             "|---|---|---|" + "---:|" * 5]
     for policy, opponent, name, c in rows:
         lines.append(f"| {name} | {policy} | {opponent} | {c['win']:.0%} | {c['tie']:.0%} | {c['lose']:.0%} | "
                      f"{c['win_interval'][0]:.0%}–{c['win_interval'][1]:.0%} | {c['n']} |")
@@ -92,8 +93,8 @@ def table(title, rows):
 
 
 def figure(path, results):
-    """Win / tie / lose bars of every policy against SFT, a panel per set: Figure 10 and Figure 13 (--rm policies), Figure 15
-    (the ood_* sets)."""
+    """Win / tie / lose bars of every policy against SFT, a panel per set: Figure 10 and Figure 13 (--rm policies),
+    Figure 15 (the ood_* sets)."""
     plt = audit.pyplot()
     sets = list(dict.fromkeys(name for _, opponent, name, _ in results if opponent == "sft"))
     fig, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 3.5), squeeze=False)
@@ -153,7 +154,8 @@ def main(argv=None):
                 results.append((policy, opponent, name, compare(chosen)))
 
     def margin(policy):
-        inside = [c for p, opponent, name, c in results if (p, opponent) == (policy, "sft") and name.startswith("eval_")]
+        inside = [c for p, opponent, name, c in results
+                  if (p, opponent) == (policy, "sft") and name.startswith("eval_")]
         return sum(c["win"] - c["lose"] for c in inside) / len(inside)
     rounds = [p for p in policies if p.startswith("round_") and p != "round_0"]
     best = max(rounds, key=margin) if rounds else "round_0"

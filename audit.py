@@ -10,6 +10,7 @@ goes on from the newest one. README, "Auditing a run" and "When a run is interru
 """
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -33,16 +34,16 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from common import barrier, device, die, log, rank, world_size
+from common import barrier, device, die, gather_rows, log, rank, world_size
 
 HERE = Path(__file__).resolve().parent
 CHOICES = {"preset": ("paper", "toy"), "zero": (0, 1, 2, 3), "precision": ("fp32", "bf16", "autocast"),
            "layout": ("auto", "shared", "separate")}
 STOPPED = 75  # exit code of a stage that a signal stopped after a checkpoint (EX_TEMPFAIL: try again)
 ROOT_FILES = {"run.json", "commands.log", ".lock", ".run_all.lock", ".hashes.json"}  # no stage directory's own
-STAGE_DIR = re.compile(r"0[01389]_\w+|0[24567]_\w+/[^/]+")
+STAGE_DIR = re.compile(r"(0[01389]_\w+|0[24567]_\w+/[^/]+)/")
 ASIDE = re.compile(r"\.(partial|stale-\d+)(/|$)")
-locks, asked_to_stop, open_stages = {}, {}, []
+locks, asked_to_stop, open_stages, aside = {}, {}, [], []
 
 
 # ---------------------------------------------------------------- command line
@@ -68,7 +69,7 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     flag("--dry_run", action="store_true", help="print the resolved hyperparameters and stop")
     flag("--restart", action="store_true", help="begin anew; an unfinished directory is kept aside, not continued")
     flag("--deterministic", action="store_true",
-         help="on a GPU: only kernels that give the same bits every time; slower, and an operation without one is an error")
+         help="on a GPU: only kernels that give the same bits every time; slower, an operation without one is an error")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     if add_flags:
@@ -95,9 +96,12 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
         die(f"--limit must be positive, not {args.limit}")
     if args.limit and "save_every" in hparams:
         args.save_every = min(args.save_every, max(1, args.limit // 2))  # a smoke run tries checkpoints too
-    for name in hparams:
-        if isinstance(getattr(args, name), float) and not math.isfinite(getattr(args, name)):
+    for name, row in hparams.items():
+        value = getattr(args, name)
+        if isinstance(value, float) and not math.isfinite(value):
             die(f"--{name} must be a finite number")
+        if type(row[0]) is int and value < (row[column] > 0 and name != "freeze_prototypes"):
+            die(f"--{name} must be positive, not {value}")
     args.hparams = {name: getattr(args, name) for name in hparams}
     if args.dry_run:
         log(json.dumps({"stage": Path(sys.argv[0]).stem, "preset": args.preset, "seed": args.seed, **args.hparams}))
@@ -140,13 +144,15 @@ def run(main):
 
 
 def clean_up():
-    """Take a partial directory that holds nothing worth keeping away again: no checkpoint, no bad batch; what was put
-    aside for it comes back."""
-    for stage in open_stages if rank() == 0 else ():
-        if not list(stage.dir.glob("checkpoint_*")) and not (stage.dir / "bad_batch.jsonl").exists():
-            shutil.rmtree(stage.dir, ignore_errors=True)
-            if stage.aside and not stage.final.exists():
-                stage.aside.rename(stage.final)
+    """Take a partial directory that holds nothing worth keeping away again; what was put aside for it comes back."""
+    if rank() > 0 or any(list(s.dir.glob(kept)) for s in open_stages
+                         for kept in ("checkpoint_*", "bad_batch.jsonl", "manifest.json")):
+        return
+    for stage in open_stages:
+        shutil.rmtree(stage.dir, ignore_errors=True)
+    for old, final in aside:
+        if old.exists() and not final.exists():
+            old.rename(final)
 
 
 def from_rank_0(work):
@@ -237,7 +243,7 @@ def cached_sha256(out, paths, known={}):
         if cache.get(path, [None])[:3] != [s.st_size, s.st_mtime_ns, s.st_ino]:
             cache[path] = [s.st_size, s.st_mtime_ns, s.st_ino, known.get(path) or sha256(Path(out) / path)]
         hashes[path] = cache[path][3]
-    if cache != before:
+    if cache != before and Path(out) in locks:
         write_text(file, json.dumps(cache))
     return hashes
 
@@ -253,14 +259,15 @@ def finished(out):
 def put_aside(path):
     """Rename a directory to NAME.stale-N, the first N that is free."""
     n = 1
-    while (aside := path.with_name(f"{path.name}.stale-{n}")).exists():
+    while (stale := path.with_name(f"{path.name}.stale-{n}")).exists():
         n += 1
-    path.rename(aside)
-    return aside
+    path.rename(stale)
+    aside.append((stale, path))
+    return stale
 
 
 def lock(out):
-    """Hold the run directory until `unlock` or the end of this process, however it ends."""
+    """Hold the run directory until the end of this process, however it ends."""
     if out in locks:
         return
     file = open(Path(out) / ".lock", "a+")
@@ -273,12 +280,6 @@ def lock(out):
     file.write(str(os.getpid()))
     file.flush()
     locks[out] = file
-
-
-def unlock(out):
-    file = locks.pop(out)
-    file.truncate(0)
-    file.close()
 
 
 # ---------------------------------------------------------------- inputs
@@ -303,15 +304,27 @@ def other_inputs(out, manifest):
     return [path for path, value in manifest["inputs"].items() if now.get(path) != value]
 
 
+def other_input(out, name):
+    """One input of the finished stage `name` that is no longer the one it was made from, or None; its own manifest if
+    that cannot be read."""
+    path = out / name / "manifest.json"
+    try:
+        return next(iter(other_inputs(out, json.loads(path.read_text(encoding="utf-8")))), None)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError):
+        return f"{name}/manifest.json"
+
+
 def input_hashes(out, inputs):
     """{path: sha256} of the inputs: files, or stage directories (without their figures and curves)."""
-    paths = []
+    paths = ["run.json"] if inputs else []
     for name in inputs:
         folder = next((p for p in [out / name, *(out / name).parents] if (p / "manifest.json").exists()), None)
         if folder is None:
             die(f"{out / name} is missing: run the stage that makes it again")
-        paths += [path for path in read_json(folder / "manifest.json")["outputs"] if inside(path) and
-                  (path == name or path.startswith(f"{name}/")) and not path.endswith((".png", "metrics.jsonl"))]
+        paths += [path for path in read_json(folder / "manifest.json")["outputs"] if inside(path) and (path == name or (
+            path.startswith(f"{name}/") and not path.endswith((".png", "metrics.jsonl"))))]
     hashes = cached_sha256(out, paths)
     if missing := [path for path in paths if path not in hashes]:
         die(f"{out / missing[0]} is missing: run {missing[0].split('/')[0]} again")
@@ -333,19 +346,17 @@ def start_stage(args, name, inputs=()):
     """
     out = Path(args.out)
     stage = SimpleNamespace(args=args, name=name, final=out / name, start=time.time(), dir=out / f"{name}.partial",
-                            engines={}, steps=None, metrics_file=None, aside=None)
+                            engines={}, steps=None, metrics_file=None)
 
     def prepare():
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
         if args.restart and stage.dir.exists():
             log(f"--restart: the unfinished directory is kept as {put_aside(stage.dir)}")
+        if (stage.dir / "manifest.json").exists():
+            promote(stage.dir)  # the process was killed just before it did
         stage.inputs = input_hashes(out, inputs)
         stage.settings = settings(stage)
-        if (stage.final / "manifest.json").exists() and (
-                other := other_inputs(out, read_json(stage.final / "manifest.json"))):
-            stage.aside = put_aside(stage.final)
-            log(f"{stage.final} was made from another {other[0]}: kept as {stage.aside} until the new one is complete")
         checkpoint = newest_checkpoint(stage)
         if checkpoint:
             different = differences(checkpoint["settings"], stage.settings)
@@ -355,13 +366,20 @@ def start_stage(args, name, inputs=()):
         else:
             shutil.rmtree(stage.dir, ignore_errors=True)
             stage.dir.mkdir(parents=True)
+        if other := other_input(out, name):
+            log(f"{stage.final} was made from another {other}: kept as {put_aside(stage.final)} until the new one is "
+                "complete")
         return checkpoint, stage.inputs, stage.settings
 
+    if any_rank(bool(asked_to_stop)):  # in the last step of the launch's model before
+        log("stopped by a signal; the same command goes on from there")
+        sys.exit(STOPPED)
     stage.checkpoint, stage.inputs, stage.settings = from_rank_0(prepare)
     open_stages.append(stage)
     if rank() == 0:
         stage.metrics_file = open(stage.dir / "metrics.jsonl", "a+", encoding="utf-8")
         stage.metrics_file.truncate(stage.checkpoint["metrics_bytes"] if stage.checkpoint else 0)
+        stage.metrics_file.seek(0, os.SEEK_END)
         for path in stage.dir.iterdir():  # what the killed process wrote after the checkpoint
             if path.name not in ("metrics.jsonl", "samples.jsonl", (stage.checkpoint or {}).get("folder")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -403,23 +421,22 @@ def resume(stage, engines, steps):
     DeepSpeed's checkpoints are pickles: they are loaded only if every file has the hash that this stage wrote down.
     """
     stage.engines, stage.steps = engines, steps
-    asked_to_stop.clear()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask_to_stop)
     if not stage.checkpoint:
         return 0, {}
     folder, made = stage.dir / stage.checkpoint["folder"], stage.checkpoint
-    files = sorted(made["files"])
-    bad = [f for f in files[rank()::world_size()]
-           if not inside(f) or not (folder / f).is_file() or sha256(folder / f) != made["files"][f]]
-    if any_rank(bool(bad)):
-        die(f"{folder} is damaged{': ' + bad[0] if bad else ''}: --restart begins anew")
+    bad = gather_rows([(f, f) for f in sorted(made["files"])[rank()::world_size()]
+                       if not inside(f) or not (folder / f).is_file() or sha256(folder / f) != made["files"][f]])
+    if bad:
+        die(f"{folder / bad[0]} is damaged: --restart begins anew")
     for name, engine in engines.items():
         engine.load_checkpoint(str(folder), tag=name)
     states = read_json(folder / f"random_{rank()}.json")
     kind, numbers, gauss = states["python"]
     random.setstate((kind, tuple(numbers), gauss))
-    numpy.random.set_state((states["numpy"][0], numpy.array(states["numpy"][1], dtype=numpy.uint32), *states["numpy"][2:]))
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
@@ -436,7 +453,7 @@ def ask_to_stop(number, frame):
 
 def any_rank(flag):
     """True on every rank if it is true on one."""
-    if world_size() == 1:
+    if not dist.is_initialized() or world_size() == 1:
         return flag
     flags = torch.tensor([float(flag)], device=device())
     dist.all_reduce(flags)
@@ -484,15 +501,14 @@ def save_checkpoint(stage, step, state):
         "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None}))
     barrier()
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    parts = [None] * world_size()  # every rank reads its share back: a checkpoint of a large model is read once
-    mine = {f: flushed_sha256(folder / f) for f in files[rank()::world_size()]}
-    dist.all_gather_object(parts, mine)
+    # every rank reads its share back: a checkpoint of a large model is read once
+    hashes = gather_rows([(f, (f, flushed_sha256(folder / f))) for f in files[rank()::world_size()]])
     if rank() == 0:
         stage.metrics_file.flush()
         os.fsync(stage.metrics_file.fileno())
         write_text(folder / "checkpoint.json", json.dumps({
             "step": step, "settings": stage.settings, "metrics_bytes": stage.metrics_file.tell(), "state": state,
-            "code": code_hashes(stage), "files": {k: v for part in parts for k, v in part.items()}}))
+            "code": code_hashes(stage), "files": dict(hashes)}))
         folder.rename(stage.dir / f"checkpoint_{step}")
         for old in stage.dir.glob("checkpoint_*"):
             if old.name != f"checkpoint_{step}":
@@ -511,22 +527,28 @@ def begin_launch(args, folder):
     """For 02, 04 and 05, which train several models: a launch that had ended trains all anew, so its figures step
     aside; models finished after that are kept if this launch is cut short."""
     figures = Path(args.out) / folder / "figures"
-    if rank() == 0 and (figures / "manifest.json").exists():
-        put_aside(figures)
-    barrier()
+
+    def prepare():
+        lock(Path(args.out))
+        if (figures / "manifest.json").exists():
+            put_aside(figures)
+    from_rank_0(prepare)
 
 
 def kept(args, name, inputs):
     """True when a launch of several models was cut short after it finished `name` from these hyperparameters and
     inputs."""
-    manifest = Path(args.out) / name / "manifest.json"
+    manifest, partial = Path(args.out) / name / "manifest.json", Path(args.out) / f"{name}.partial"
+    if from_rank_0((partial / "manifest.json").exists):
+        from_rank_0(lambda: promote(partial))
     if not manifest.exists():
         return False
     ended = [p.stat().st_mtime_ns for p in manifest.parent.parent.glob("figures.stale-*/manifest.json")]
     made = read_json(manifest)
-    same = manifest.stat().st_mtime_ns > max(ended, default=0) and all(made[k] == v for k, v in (
-        ("hyperparameters", args.hparams), ("seed", args.seed), ("limit", args.limit),
-        ("inputs", from_rank_0(lambda: input_hashes(Path(args.out), inputs)))))
+    stage = SimpleNamespace(args=args, inputs=from_rank_0(lambda: input_hashes(Path(args.out), inputs)))
+    was = SimpleNamespace(args=SimpleNamespace(**made, hparams=made["hyperparameters"]), inputs=made["inputs"])
+    same = manifest.stat().st_mtime_ns > max(ended, default=0) and made["world_size"] == world_size() and \
+        settings(stage) == settings(was)
     if same:
         log(f"{manifest.parent}: complete, kept")
     return same
@@ -571,17 +593,18 @@ def finish_stage(stage, metrics, **more):
     """Write manifest.json and give the directory its final name (rank 0). `metrics`: the headline numbers; `more`:
     further entries of the manifest."""
     args, out = stage.args, Path(stage.args.out)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def write():
         stage.metrics_file.close()
 
         def git(*words):
-            return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout
+            try:
+                return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout
+            except OSError:
+                return ""  # no git here
 
-        files = sorted(p for p in stage.dir.rglob("*") if p.is_file() and not p.relative_to(stage.dir).parts[0].startswith(
-            "checkpoint"))
+        files = sorted(p for p in stage.dir.rglob("*") if p.is_file()
+                       and not p.relative_to(stage.dir).parts[0].startswith("checkpoint"))
         code, before = code_hashes(stage), (stage.checkpoint or {}).get("code", {})
         manifest = {
             "stage": stage.name, "command": shlex.join(sys.argv), "preset": args.preset, "seed": args.seed,
@@ -602,27 +625,26 @@ def finish_stage(stage, metrics, **more):
             "outputs": {f"{stage.name}/{p.relative_to(stage.dir)}": flushed_sha256(p) for p in files},
             "metrics": json.loads(json.dumps(metrics)), **more,
         }
+        if "run" in more:  # `promote` writes it
+            manifest["outputs"]["run.json"] = hashlib.sha256(canonical(more["run"]).encode()).hexdigest()
         if changed := {f: v for f, v in before.items() if f in code and code[f] != v}:
             manifest["code_before_resume"] = changed  # the steps up to the last checkpoint were made by this
         write_text(stage.dir / "manifest.json", canonical({**manifest, "digest": digest_of(manifest)}))
-        if "run" in more:
-            write_text(out / "run.json", canonical(more["run"]))
         promote(stage.dir)
         cached_sha256(out, manifest["outputs"], manifest["outputs"])
-        unlock(out)
 
     from_rank_0(write)
-    open_stages.clear()
+    open_stages.clear(), aside.clear()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
     log(f"{stage.final}: done in {(time.time() - stage.start) / 60:.1f} min  " + json.dumps(metrics))
-    if any_rank(bool(asked_to_stop)):  # in the last step: the next model or stage is not begun
-        log("stopped by a signal; the same command goes on from there")
-        sys.exit(STOPPED)
 
 
 def promote(partial):
     """Give a complete partial directory its final name. The old directory of that name stays until then; what had been
     put aside for it goes."""
     final = partial.with_name(partial.name.removesuffix(".partial"))
+    if run := read_json(partial / "manifest.json").get("run"):
+        write_text(partial.parent / "run.json", canonical(run))
     for checkpoint in partial.glob("checkpoint*"):
         shutil.rmtree(checkpoint)
     if final.exists():
@@ -640,19 +662,18 @@ def changed(out):
     for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
         for manifest in out.glob(pattern):
             promote(manifest.parent)
-    manifests = {name: read_json(out / name / "manifest.json") for name in finished(out)}
-
     def by_hand(name):  # a model beside those of 04's and 05's standard launch: the driver cannot make it again
-        figures = manifests.get(f"{name.split('/')[0]}/figures", {"inputs": [name + "/"]})["inputs"]
-        return name[:2] in ("02", "04", "05") and not name.endswith("/figures") and \
-            not any(path.startswith(f"{name}/") for path in figures)
-    return [(name, path) for name in manifests if not by_hand(name) for path in other_inputs(out, manifests[name])[:1]]
+        figures = read_manifest(out, f"{name.split('/')[0]}/figures")
+        return figures and name[:2] in ("02", "04", "05") and not name.endswith("/figures") and \
+            not any(path.startswith(f"{name}/") for path in figures["inputs"])
+    return [(name, other) for name in finished(out) if not by_hand(name) and (other := other_input(out, name))]
 
 
 def in_order(manifests):
     """Stage names, each after the stages whose outputs it reads; the same order wherever it is computed."""
     maker = {path: name for name, m in manifests.items() for path in m["outputs"]}
 
+    @functools.cache
     def depth(name):
         makers = {maker[p] for p in manifests[name]["inputs"] if p in maker} - {name}
         return 1 + max(map(depth, makers), default=0)
@@ -707,7 +728,7 @@ def verify(out):
         path = str(file.relative_to(out))
         if path in recorded or path in ROOT_FILES or ASIDE.search(path):
             continue
-        folder = (STAGE_DIR.match(path) or [""])[0]
+        folder = (STAGE_DIR.match(path) or ["", ""])[1]
         if folder in manifests or not folder:
             if path != f"{folder}/manifest.json" and folder not in broken:
                 found.setdefault(folder or ".", []).append(f"extra: {path}")
@@ -715,7 +736,7 @@ def verify(out):
             found[folder].append(f"missing: {folder}/manifest.json")
     for name, manifest in good.items():
         for path, value in manifest["inputs"].items():
-            folder = (STAGE_DIR.match(path) or [""])[0]
+            folder = (STAGE_DIR.match(path) or ["", "00_data"])[1]
             if path in recorded and recorded[path][1] != value:
                 found[name].append(f"made from another {path}")
             elif path not in recorded and folder in good:
@@ -724,18 +745,15 @@ def verify(out):
                 found[folder] = [f"missing: {folder}, which {name} was made from"]
         for file, value in manifest["code"].items():
             if not (HERE / file).is_file() or sha256(HERE / file) != value:
-                dirty = " with uncommitted changes" if manifest["git_dirty"] else ""
-                found[name].append(f"made by other code: {file} of commit {manifest['git_commit'][:12] or 'unknown'}{dirty}")
-    run = good.get("00_data", {}).get("run")
-    if run and (not (out / "run.json").is_file() or (out / "run.json").read_text(errors="replace") != canonical(run)):
-        found["00_data"].append("missing: run.json" if not (out / "run.json").exists() else "changed: run.json")
+                commit = (manifest["git_commit"][:12] or "unknown") + ", uncommitted changes" * manifest["git_dirty"]
+                found[name].append(f"made by other code: {file} of commit {commit}")
     order = in_order(good)[::-1]
     for name in order + [n for n in found if n not in order]:
         if found[name]:
             print(f"BAD  {name}  " + "; ".join(found[name]))
         else:
-            resumed = "  (some steps by other code, see code_before_resume)" if "code_before_resume" in good[name] else ""
-            print(f"ok   {name}  {len(good[name]['outputs'])} files{resumed}")
+            resumed = "code_before_resume" in good[name]
+            print(f"ok   {name}  {len(good[name]['outputs'])} files" + "  (some steps by other code)" * resumed)
     aside = sorted({str(p.relative_to(out)) for pattern in ("*", "*/*") for p in out.glob(pattern)
                     if re.search(r"\.(partial|stale-\d+)$", p.name)})
     if aside:
@@ -757,15 +775,17 @@ def replay(out, stage):
         if other := other_inputs(out, manifest):
             die(f"{out}/{name} was made from another {other[0]} than is here now: nothing to replay it from")
     scratch = Path(tempfile.mkdtemp(prefix="replay-"))
+    read = {STAGE_DIR.match(path)[1] for m in manifests.values() for path in m["inputs"] if STAGE_DIR.match(path)}
     for name in finished(out):
-        if name not in names:
+        if name not in names and (name in read or not name.startswith("06_ppo/")):  # 08 takes every policy there is
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).symlink_to((out / name).resolve())
     if (out / "run.json").exists() and "00_data" not in names:
         shutil.copy(out / "run.json", scratch / "run.json")
     commands = {}
-    for name, manifest in manifests.items():
-        flags = [word for word in shlex.split(manifest["command"])[1:] if not word.startswith(("--local_rank", "--out="))]
+    for name, manifest in ((n, manifests[n]) for n in in_order(manifests)):
+        flags = [word for word in shlex.split(manifest["command"])[1:]
+                 if not word.startswith(("--local_rank", "--out="))]
         if "--out" in flags:
             del flags[flags.index("--out"):flags.index("--out") + 2]
         commands[(manifest["world_size"], *flags)] = name.split("/")[0]

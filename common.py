@@ -165,6 +165,8 @@ def encode_pairs(tokenizer, rows, run):
     """Preference rows → (rows kept, groups with chosen first); pairs equal after truncation are dropped and counted."""
     groups = encode(tokenizer, rows, ("chosen", "rejected"), run)
     keep = [i for i, g in enumerate(groups) if g["responses"][0] != g["responses"][1]]
+    if rows and not keep:
+        die(f"none of the {len(rows)} pairs is left: all are equal after truncation (00_data.py --max_response_tokens)")
     if len(keep) < len(rows):
         log(f"dropped {len(rows) - len(keep)} of {len(rows)} pairs: equal after truncation")
     return [rows[i] for i in keep], [groups[i] for i in keep]
@@ -325,7 +327,7 @@ def load_config(path, kind, dropout=0.0):
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     made = (config.architectures or [kind])[0]
     if kind not in made and not (kind == "CausalLM" and "LMHead" in made):
-        die(f"{path} is a {made}, not a {'reward model' if kind == 'SequenceClassification' else 'causal language model'}")
+        die(f"{path} is a {made}, not a {'causal language model' if kind == 'CausalLM' else 'reward model'}")
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, dropout)

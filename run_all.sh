@@ -30,6 +30,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
 
 # ---- flags
+given=$(printf ' %q' "$@")
 out=out preset= rounds= from= dry= restart= stage= launcher=() data=() mode=run
 case ${1:-} in test|verify|replay) mode=$1; shift ;; esac
 while [ $# -gt 0 ] && [ $mode != test ]; do
@@ -90,7 +91,7 @@ PY
 [ -z "$missing" ] || fail "missing in the active environment: ${missing% }; run: pip install -r $requirements"
 code=; [ "$PWD" = "$here" ] || code=$here/
 case $mode in
-  test) cd "$here"; exec python -m pytest "$@" ;;
+  test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
   verify) exec python "${code}common.py" verify "$out" ;;
   replay) [ -n "$stage" ] || fail "replay needs --stage NAME"; exec python "${code}common.py" replay "$out" "$stage" ;;
 esac
@@ -107,8 +108,13 @@ import json, sys
 print(json.load(open(sys.argv[1])).get(sys.argv[2]) or "")' "$out/run.json" "$1"; }
 
 again= child= stopping=
-# to the processes of the stage, not to the launcher: it would kill them after 30 s
-stop() { stopping=1; local p; for p in $(pgrep -P "$child"); do pkill -TERM -P "$p" || kill -TERM "$p"; done; }
+# A signal goes on to the processes of the stage, not to the launcher, which would kill them after 30 s.
+stop() {
+  stopping=1; local p
+  kill -0 "$child" 2>/dev/null || stopped
+  for p in $(pgrep -P "$child" || echo "$child"); do pkill -TERM -P "$p" || kill -TERM "$p" || true; done 2>/dev/null
+}
+stopped() { echo "stopped; go on with: bash ${code}run_all.sh$given"; exit 75; }
 trap stop TERM INT
 # stage ID, purpose, minutes expected (toy preset on two idle cores), script and flags
 stage() {
@@ -123,7 +129,7 @@ stage() {
   local other; other=$(grep -m 1 "^$id[/ ]" <<<"$changed" || true)
   if [ -z "$again" ] && [ -n "$other" ]; then
     echo; echo "== ${other% *} was made from another ${other##* } than is here now: it runs again, and all after it"
-  elif [ -z "$again" ] && [ -f "$out/$dir/manifest.json" ]; then echo "== $id is complete, skipped"; return; fi
+  elif [ -z "$again" ] && [ -f "$out/$dir/manifest.json" ] && [ ! -d "$out/$id.partial" ]; then echo "== $id is complete, skipped"; return; fi
   # measured for the toy preset without flags that change its size
   [[ " ${data[*]-} " != *" --limit "* && ${preset:-toy}$(run_json limit) = toy ]] || expected=unmeasured
   echo; echo "== $id: $purpose"
@@ -132,12 +138,12 @@ stage() {
   mkdir -p "$out"; printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
   again=1  # what comes after is made from other inputs now
   local start=$SECONDS result=0
+  set -m  # a process group of its own: the terminal's Ctrl-C reaches the stage through `stop` only
   "${command[@]}" $restart 9>&- & child=$!
+  set +m
   wait $child || result=$?
-  if [ -n "$stopping" ]; then wait $child && result=0 || result=$?; fi  # a trap ends the first wait early
-  if [ -n "$stopping" ] || [ $result -eq 75 ]; then
-    echo "stopped in $id; go on with: bash ${code}run_all.sh --out $out"; exit 75
-  fi
+  while kill -0 $child 2>/dev/null; do wait $child || result=$?; done  # a trap ends `wait` early
+  if [ -n "$stopping" ] || [ $result -eq 75 ]; then stopped; fi
   [ $result -eq 0 ] || fail "$id failed; run it again with: ${command[*]}"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 }
@@ -162,8 +168,8 @@ if [[ -n $from && 00_data == "$from"* && ${#data[@]} -eq 0 && -f $out/run.json &
 fi
 if [ -z "$dry" ] && [[ 00_data != "${from:-none}"* ]] && [ ${#data[@]} -gt 0 ] && [ -f "$out/00_data/manifest.json" ]; then
   made=$(grep '00_data.py' "$out/commands.log" 2>/dev/null | tail -1 || true)
-  wanted=$(printf '%q ' python "${code}00_data.py" "${data[@]}" --out "$out")
-  [ "$made" = "$wanted" ] || fail "$out was made with other flags (see $out/commands.log): choose another --out, or --from 00"
+  wanted=$(printf '%q ' "${data[@]}" --out "$out")
+  [ "${made#*00_data.py }" = "$wanted" ] || fail "$out was made with other flags (see $out/commands.log): choose another --out, or --from 00"
 fi
 stage 00_data "bring the data into one clean form" 0.1 00_data.py ${data[@]+"${data[@]}"}
 preset=${preset:-$(run_json preset)}

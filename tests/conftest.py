@@ -10,19 +10,30 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+if CORES and "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts them
+    os.sched_setaffinity(0, {CORES[WORKER % len(CORES)]})
 
 
-def run(*command, check=True):
+def all_cores():
+    """In a child that is several processes: they spin while they wait for each other."""
+    if CORES:
+        os.sched_setaffinity(0, CORES)
+
+
+def run(*command, check=True, processes=1):
     """A command in the repository's root, as a user would give it; its output is shown when it fails."""
     done = subprocess.run([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+                          stderr=subprocess.STDOUT, preexec_fn=all_cores if processes > 1 else None)
     assert not check or done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
     return done
 
 
 def deepspeed(processes, script, *flags):
-    """A stage through the real launcher. The port is free for the taking by one test at a time."""
-    return run("deepspeed", "--num_gpus", processes, "--master_port", 29731, script, *flags)
+    """A stage through the real launcher, on a port of this worker's own."""
+    return run("deepspeed", "--num_gpus", processes, "--master_port", 29731 + WORKER, script, *flags,
+               processes=processes)
 
 
 def python_stages(*commands):

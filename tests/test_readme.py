@@ -1,11 +1,14 @@
 """README's map names real places, and its numbers are those of the recorded run and of the code.
 
-`python tests/test_readme.py` writes the tables between README's markers anew.
+`python tests/test_readme.py [out eta_sweep]` writes the tables between README's markers anew, after recording the
+finished default run and the sweep (README, "MetaRM's eta") in results/toy/.
 """
 import ast
 import json
 import re
+import shutil
 import sys
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 
@@ -95,6 +98,28 @@ def test_commands_name_files_that_exist():
         assert (ROOT / file).exists(), file
 
 
+def record(out, eta_sweep):
+    """results/toy/ from a finished run and the sweep."""
+    import audit
+    TOY.mkdir(parents=True, exist_ok=True)
+    manifests = {name: json.loads((out / name / "manifest.json").read_text()) for name in audit.finished(out)}
+    times = [[datetime.fromisoformat(m[k]) for m in manifests.values()] for k in ("start", "end")]
+    data = manifests["00_data"]
+    (TOY / "metrics.json").write_text(json.dumps({
+        "head": audit.head(manifests), "minutes": round((max(times[1]) - min(times[0])).total_seconds() / 60, 1),
+        "hardware": manifests["01_sft"]["hardware"], "seed": data["seed"], "packages": data["packages"],
+        "git_commit": data["git_commit"], **{name: m["metrics"] for name, m in manifests.items()}}, indent=1) + "\n")
+    for source in ("08_evaluate/tables.md", "03_strength/figure_03.png"):
+        shutil.copy(out / source, TOY)
+    sweep = [json.loads(p.read_text()) for p in eta_sweep.glob("eta_*.json")]
+    keys = ("J_theta", "J_theta_prime_last_step", "J_theta_last_step", "J_vanilla", "accuracy_judge", "accuracy_original")
+    (TOY / "eta_sweep.json").write_text(json.dumps(sorted((
+        {"eta": m["hyperparameters"]["eta"], **{k: m["metrics"][k] for k in keys}} for m in sweep),
+        key=lambda row: row["eta"]), indent=1) + "\n")
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    if len(sys.argv) == 3:
+        record(Path(sys.argv[1]), Path(sys.argv[2]))
     README.write_text(filled(README.read_text()))
