@@ -299,7 +299,7 @@ def test_limit_cuts_a_random_subset(tmp_path, capsys):
     source = write(tmp_path / "x.jsonl", [pair(i) for i in range(900)])
     out = run(tmp_path / "out", "--preferences", source, "--limit", 1)
     assert {name: len(rows) for name, rows in ((n, rows_of(out, n)) for n in metrics(out)["rows"])} == \
-        dict.fromkeys(("train", "valid", "eval_general", "sft", "prompts"), 64)
+        dict.fromkeys(("train", "sft", "prompts"), 64) | dict.fromkeys(("valid", "eval_general"), 16)
     assert metrics(out)["cut_by_limit"]["train"] == 810 - 64 and "746 cut by --limit" in capsys.readouterr().out
     ids = [int(r["id"].removeprefix("x-")) for r in rows_of(out, "train")]
     assert max(ids) > 500 and ids == sorted(ids)

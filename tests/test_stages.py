@@ -311,10 +311,8 @@ def test_02_members_differ_are_reproduced_and_kept(run_copy, small_run):
         "    shutil.rmtree(out / 'figures')\n"
         "again()\n"                                                             # 0 → 1: complete, so all anew
         "cut_short(); shutil.rmtree(out / 'rm_01'); again()\n"                  # 1 → 2: rm_00 kept
-        "manifest = out.parent / '01_sft/manifest.json'\n"
-        "made = json.loads(manifest.read_text())\n"
-        "made['outputs']['01_sft/model.safetensors'] = 'another'\n"
-        "manifest.write_text(json.dumps(made))\n"
+        "rows = out.parent / '00_data/train.jsonl'\n"
+        "rows.write_text(rows.read_text().replace('{', '{ '))\n"              # the same rows in another file
         "cut_short(); again()\n"                                                # 2 → 3: another input, none kept
         "print('STAMPS', json.dumps(stamps))\n")
     first, anew, short, changed = json.loads(next(x for x in text.splitlines() if x.startswith("STAMPS "))[7:])
@@ -365,7 +363,8 @@ def test_manifests_account_for_every_file(more_stages):
     for path, value in recorded.items():
         assert digest(out / path) == value, path
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and ".partial/" not in str(p)}
-    assert files == set(recorded) | {str((d / "manifest.json").relative_to(out)) for d in manifests} | {"run.json"}
+    assert files - (audit.ROOT_FILES - {"run.json"}) == set(recorded) | {
+        str((d / "manifest.json").relative_to(out)) for d in manifests}
     for folder, manifest in manifests.items():
         assert manifest["inputs"] or manifest["stage"] == "00_data"
         assert all(recorded[path] == value for path, value in manifest["inputs"].items())
