@@ -662,6 +662,7 @@ def changed(out):
     for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
         for manifest in out.glob(pattern):
             promote(manifest.parent)
+
     def by_hand(name):  # a model beside those of 04's and 05's standard launch: the driver cannot make it again
         figures = read_manifest(out, f"{name.split('/')[0]}/figures")
         return figures and name[:2] in ("02", "04", "05") and not name.endswith("/figures") and \

@@ -110,9 +110,16 @@ print(json.load(open(sys.argv[1])).get(sys.argv[2]) or "")' "$out/run.json" "$1"
 again= child= stopping=
 # A signal goes on to the processes of the stage, not to the launcher, which would kill them after 30 s.
 stop() {
-  stopping=1; local p
+  stopping=1
   kill -0 "$child" 2>/dev/null || stopped
-  for p in $(pgrep -P "$child" || echo "$child"); do pkill -TERM -P "$p" || kill -TERM "$p" || true; done 2>/dev/null
+  python - "$child" <<'PY' || true
+import sys
+import psutil  # comes with deepspeed
+child = psutil.Process(int(sys.argv[1]))
+tree = [child, *child.children(recursive=True)]
+for process in [p for p in tree if any(a.endswith(".py") for a in p.cmdline()[1:3])] or [child]:  # `python -u 04_...py`
+    process.terminate()
+PY
 }
 stopped() { echo "stopped; go on with: bash ${code}run_all.sh$given"; exit 75; }
 trap stop TERM INT
