@@ -353,6 +353,13 @@ def test_toy_world(tmp_path):
 
 # ---------------------------------------------------------------- any row at all, and the real sample
 
+def test_a_million_characters_and_control_characters_are_kept():
+    """They are cut when they are encoded, in no time that anyone would notice."""
+    long, strange = "a" * 10 ** 6, "yes\x00\x07\x1b[2J\r\u202e"
+    assert read({"prompt": "Hi", "chosen": long, "rejected": strange})["chosen"] == " " + long
+    assert read({"prompt": "Hi", "chosen": long, "rejected": strange})["rejected"] == " " + strange
+
+
 text = st.text(max_size=5) | st.sampled_from(
     ["", " ", "Hi", "yes", HI, HI + " yes", HI + " no", "\ud800", "\n\nHuman:"])
 anything = st.none() | st.booleans() | st.integers() | st.floats() | text
