@@ -5,7 +5,10 @@ Reads 03_strength/{train,valid}.jsonl and 01_sft/, writes 04_rm_denoise/NAME/ fo
 
     --flip_below S   swap chosen and rejected of the pairs in the lowest share S of strength where mu_hat < 0
     --margin         adaptive margin mu_hat inside the log-sigmoid (Eq. 6 as meant: see README, misprints)
-    --smoothing a    label smoothing a (Eq. 5) on the pairs with mu_hat < 0
+    --smoothing a    label smoothing a (Eq. 5) on the pairs with mu_hat < 0; with --soften_all on every pair (Figure 6)
+
+Every evaluation adds the rewards of the validation pairs and of as many training pairs to scores.jsonl:
+{"step", "valid": {id: [r_c, r_r]}, "train": the same, chosen and rejected as trained on}.
 
 Departures from the paper: (1) the margin of a flipped pair is -mu_hat; (2) with margin and smoothing together both
 terms of Eq. 5 use p = sigma(r_c - r_r - mu_hat); (3) alpha is not in the paper.
@@ -14,7 +17,7 @@ terms of Eq. 5 use p = sigma(r_c - r_r - mu_hat); (3) alpha is not in the paper.
     deepspeed 04_rm_denoise.py --methods soft_margin --smoothing 0.2  # one method, another alpha
     deepspeed 04_rm_denoise.py --methods flip --percentile 0 10 --flip_below 1    # Figure 5: the weakest tenth
 """
-import re
+import random
 from itertools import islice
 from pathlib import Path
 
@@ -47,7 +50,7 @@ METHODS = {
     "weakest_tenth": (0.0, False, 0.0, (0, 10)),
     "weakest_tenth_flipped": (1.0, False, 0.0, (0, 10)),
 }
-SWITCHES = ("flip_below", "margin", "smoothing", "percentile")
+SWITCHES = ("flip_below", "margin", "smoothing", "percentile", "soften_all")
 STRENGTH = "mean preference difference"
 
 
@@ -62,8 +65,8 @@ def preference_loss(r_chosen, r_rejected, margin=0.0, smoothing=0.0):
     return -((1 - smoothing) * F.logsigmoid(d) + smoothing * F.logsigmoid(-d)).mean()      # Eq. 5
 
 
-def relabel(rows, flip_below=0.0, margin=False, smoothing=0.0):
-    """Apply the three switches: rows with `chosen`, `rejected` (swapped where flipped), `margin` and `smoothing`."""
+def relabel(rows, flip_below=0.0, margin=False, smoothing=0.0, soften_all=False):
+    """Apply the switches: rows with `chosen`, `rejected` (swapped where flipped), `margin` and `smoothing`."""
     order = sorted(range(len(rows)), key=lambda i: rows[i][STRENGTH])
     lowest = set(order[:round(flip_below * len(rows))])
     out = []
@@ -74,7 +77,7 @@ def relabel(rows, flip_below=0.0, margin=False, smoothing=0.0):
                     "rejected": row["chosen" if flip else "rejected"], "flipped": flip,
                     "margin": mu_hat if margin else 0.0,
                     # flipped or not: Figure 23 softens the labels of flipped pairs
-                    "smoothing": smoothing if row[STRENGTH] < 0 else 0.0})
+                    "smoothing": smoothing if soften_all or row[STRENGTH] < 0 else 0.0})
     return out
 
 
@@ -121,10 +124,26 @@ def train_method(args, name, rows, valid_rows, sft, tokenizer):
     model = common.load_reward_model(sft, args, head_seed=args.seed)
     engine = common.make_engine(model, args, args.batch_size, args.lr, steps, args.warmup)
     layout = common.choose_layout(args, lambda batch: engine(batch)[0], train)
-    sets = three_sets(valid_rows)
-    done, _ = audit.resume(stage, {"rm": engine}, steps)
+    sets, watched = three_sets(valid_rows), random.Random(args.seed).sample(train, min(len(train), len(valid)))
+
+    def evaluate(step, **more):
+        """Accuracy on the three sets and on training pairs; the rewards behind them go to scores.jsonl."""
+        rewards = {name: common.score(engine, groups, args, layout, pad_id)
+                   for name, groups in (("valid", valid), ("train", watched))}     # [N, 2]
+        scores.append({"step": step} | {
+            name: {g["id"]: [round(x, 4) for x in pair] for g, pair in zip(groups, rewards[name].tolist())}
+            for name, groups in (("valid", valid), ("train", watched))})
+        if common.rank() == 0:
+            audit.write_jsonl(stage.dir / "scores.jsonl", scores)
+        result = accuracies(rewards["valid"], sets) | accuracies(rewards["train"], {
+            "train": [(i, 1) for i in range(len(watched))]})
+        audit.log_metrics(stage, step, **more, **result)
+        return result
+
+    done, state = audit.resume(stage, {"rm": engine}, steps)
+    scores = state.get("scores", [])
     if not done:
-        audit.log_metrics(stage, 0, **accuracies(common.score(engine, valid, args, layout, pad_id), sets))
+        evaluate(0)
 
     batches = islice(common.batches(train, args.batch_size, steps, args.seed), done, None)
     for step, batch in enumerate(common.progress(batches, name, steps, done), done + 1):
@@ -134,10 +153,8 @@ def train_method(args, name, rows, valid_rows, sft, tokenizer):
             engine.backward(loss)
             grad_norm = common.step(engine)
         if step % args.eval_every == 0 or step == steps:
-            result = accuracies(common.score(engine, valid, args, layout, pad_id), sets)
-            audit.log_metrics(stage, step, loss=loss, train_accuracy=(rewards[:, 0] > rewards[:, 1]).float().mean(),
-                               **result)
-        audit.end_step(stage, step, batch, loss=loss, grad_norm=grad_norm)
+            result = evaluate(step, loss=loss)
+        audit.end_step(stage, step, batch, {"scores": scores}, loss=loss, grad_norm=grad_norm)
 
     common.save_model(engine, stage.dir, tokenizer)
     audit.finish_stage(stage, {**result, "steps": steps, "flipped": sum(row["flipped"] for row in rows)})
@@ -168,6 +185,7 @@ def add_switches(flag):
     flag("--flip_below", type=float, help="flip pairs in this lowest share of strength, where mu_hat < 0")
     flag("--margin", action="store_true", default=None, help="adaptive margin mu_hat (Eq. 6)")
     flag("--smoothing", type=float, help="label smoothing alpha on pairs with mu_hat < 0 (Eq. 5)")
+    flag("--soften_all", action="store_true", default=None, help="label smoothing on every pair")
     flag("--percentile", type=float, nargs=2, metavar=("LO", "HI"), help="train on this slice by strength only")
     flag("--name", help="name of the output directory (with one method)")
 
@@ -183,8 +201,7 @@ def check_name(args):
     """--name is one directory, for one method."""
     if args.name and len(args.methods) > 1:
         common.die("--name goes with one method: add --methods NAME")
-    if args.name and (not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name) or audit.ASIDE.search(args.name)
-                      or args.name == "figures"):
+    if args.name and not audit.is_name(args.name):
         common.die(f"--name {args.name} cannot be a directory of this stage")
 
 

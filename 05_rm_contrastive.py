@@ -16,6 +16,7 @@ is one micro batch of every process.
     deepspeed 05_rm_contrastive.py                                  # all four methods
     deepspeed 05_rm_contrastive.py --methods simcse --flip_below 0.2 --margin --name simcse_flip_margin
 """
+import json
 import random
 from importlib import import_module
 from itertools import islice
@@ -179,15 +180,15 @@ def train_method(args, method, name, rows, valid_rows, sft, tokenizer):
 
 
 def overlap(h):
-    """How far chosen and rejected features [N, 2, H] overlap: silhouette (1: apart, 0: mixed) and the
-    cross-validated accuracy of a linear probe that tells them apart (0.5: it cannot)."""
+    """How far chosen and rejected features [N, 2, H] overlap, for each feature: its silhouette (1: apart, 0: mixed)
+    and whether a linear probe fitted on the other folds tells what it is (mean 0.5: it cannot). → [N, 2] each."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import silhouette_score
-    from sklearn.model_selection import cross_val_score
+    from sklearn.metrics import silhouette_samples
+    from sklearn.model_selection import cross_val_predict
     x, y = h.flatten(0, 1).numpy(), torch.tensor([0, 1]).repeat(len(h)).numpy()
     folds = min(5, len(h))
-    probe = cross_val_score(LogisticRegression(max_iter=1000), x, y, cv=folds).mean() if folds > 1 else float("nan")
-    return float(silhouette_score(x, y)), float(probe)
+    told = cross_val_predict(LogisticRegression(max_iter=1000), x, y, cv=folds) == y if folds > 1 else y * float("nan")
+    return silhouette_samples(x, y).reshape(-1, 2), told.reshape(-1, 2).astype(float)
 
 
 def figure_11(args, valid_rows, tokenizer):
@@ -201,21 +202,27 @@ def figure_11(args, valid_rows, tokenizer):
         model = common.frozen(common.load_reward_model(Path(args.out) / name, args), args)
         layout = common.choose_layout(args, lambda batch: model(batch)[0], groups)
         _, h = common.score(model, groups, args, layout, tokenizer.pad_token_id, features=True)     # [N, 2, H]
-        silhouette, probe = overlap(h)
-        metrics[name.split("/")[1]] = {"silhouette": silhouette, "linear_probe_accuracy": probe}
-        panels.append((f"{name.split('/')[1]}\nsilhouette {silhouette:.3f}, probe {probe:.2f}", h))
+        silhouettes, told = overlap(h)
+        metrics[name.split("/")[1]] = m = {"silhouette": float(silhouettes.mean()),
+                                           "linear_probe_accuracy": float(told.mean())}
+        panels.append((name.split("/")[1], m, h, silhouettes, told))
     if common.rank() == 0:
         from sklearn.manifold import TSNE
         plt = audit.pyplot()
         figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False)
-        for axis, (title, h) in zip(axes[0], panels):
+        data = {"ids": [g["id"] for g in groups]}
+        for axis, (name, m, h, silhouettes, told) in zip(axes[0], panels):
             points = TSNE(perplexity=min(30, len(h) / 2), random_state=args.seed).fit_transform(h.flatten(0, 1).numpy())
             for k, label in enumerate(("chosen", "rejected")):
                 axis.scatter(*points[k::2].T, s=5, label=label)
-            axis.set(title=title, xticks=[], yticks=[])
+            axis.set(title=f"{name}\nsilhouette {m['silhouette']:.3f}, probe {m['linear_probe_accuracy']:.2f}",
+                     xticks=[], yticks=[])
+            data[name] = {"points": points.reshape(-1, 2, 2).round(2).tolist(),
+                          "silhouette": silhouettes.round(4).tolist(), "probe_right": told.tolist()}
         axes[0][0].legend()
         figure.suptitle("Figure 11: features at EOS, t-SNE", y=1.08)
         figure.savefig(stage.dir / "figure_11.png")
+        audit.write_text(stage.dir / "figure_11.json", json.dumps(data) + "\n")  # [pair][chosen, rejected]
     audit.finish_stage(stage, metrics)
 
 

@@ -5,7 +5,8 @@ the reward model (both frozen).
 
     --round 0     vanilla PPO: from pi^SFT under the vanilla reward model 04_rm_denoise/baseline → 06_ppo/round_0
     --round r     from the policy of round r - 1 under 07_metarm/round_r                        → 06_ppo/round_r
-    --rm NAME     from pi^SFT under 04_rm_denoise/NAME or 05_rm_contrastive/NAME                → 06_ppo/NAME
+    --rm NAME     from pi^SFT, or from 06_ppo/START (--start), under the reward model NAME of
+                  stage 04, 05 or 07                                                            → 06_ppo/NAME (--name)
 
 One step: K roll-outs for each prompt (one group), the score at EOS, a per-token KL penalty against pi^SFT
 
@@ -19,6 +20,7 @@ policy's distribution is its own at the sampling temperature; top-p and repetiti
 
     deepspeed 06_ppo.py --round 0
     deepspeed 06_ppo.py --rm soft_margin --kl_beta 0      # Figure 9: no KL penalty
+    deepspeed 06_ppo.py --rm baseline --start round_0 --name more_1    # as long as round 1, without retraining
 """
 import math
 import random
@@ -125,12 +127,16 @@ def paths(args):
     """(stage name, policy to start from, reward model) of --round or --rm; errors name the missing stage."""
     out = Path(args.out)
     if args.rm:
-        found = [f"{d}/{args.rm}" for d in ("04_rm_denoise", "05_rm_contrastive")
-                 if (out / d / args.rm / "manifest.json").exists()]
+        folders, name = ("04_rm_denoise", "05_rm_contrastive", "07_metarm"), args.name or args.rm
+        found = [f"{d}/{args.rm}" for d in folders if (out / d / args.rm / "manifest.json").exists()]
         if not found:
-            common.die(f"no finished reward model {args.rm} in {out}/04_rm_denoise or {out}/05_rm_contrastive")
+            common.die(f"no finished reward model {args.rm} in {out}/04_rm_denoise, 05_rm_contrastive or 07_metarm")
+        if not audit.is_name(name) or name.startswith("round_"):
+            common.die(f"--name {name} cannot be a directory of 06_ppo (round_r is that of --round r): give another")
         audit.require(args, found[0], f"python {found[0].split('/')[0]}.py")
-        return f"06_ppo/{args.rm}", "01_sft", found[0]
+        if args.start:
+            audit.require(args, f"06_ppo/{args.start}", "python 06_ppo.py")
+        return f"06_ppo/{name}", f"06_ppo/{args.start}" if args.start else "01_sft", found[0]
     r = args.round
     if r == 0:
         audit.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
@@ -191,14 +197,18 @@ def rollout_metrics(experience, gold):
 def main(argv=None, reward_fn=None):
     def add_flags(flag):
         flag("--round", type=int, default=0, help="MetaRM round; 0 is vanilla PPO (default)")
-        flag("--rm", metavar="NAME", help="PPO from SFT under this reward model of stage 04 or 05")
+        flag("--rm", metavar="NAME", help="PPO under this reward model of stage 04, 05 or 07, instead of --round")
+        flag("--start", metavar="NAME", help="with --rm: the policy of stage 06 to start from (default: SFT)")
+        flag("--name", help="with --rm: name of the output directory (default: that of the reward model)")
     args = audit.parse_args(__doc__, HPARAMS, add_flags, argv)
     data = audit.require(args, "00_data", "python 00_data.py")
     sft = audit.require(args, "01_sft", "python 01_sft.py")
     if args.batch_size % args.minibatch_size:
         common.die("--batch_size must be a multiple of --minibatch_size")
     if args.rm and args.round:
-        common.die("--rm starts from SFT and has no rounds: give --rm or --round")
+        common.die("--rm has no rounds: give --rm or --round")
+    if (args.start or args.name) and not args.rm:
+        common.die("--start and --name go with --rm")
     name, start, rm = paths(args)
     common.setup(args)
     seed = args.seed * 1000 + args.round
@@ -315,6 +325,7 @@ def main(argv=None, reward_fn=None):
     audit.finish_stage(stage, {k: round(float(sum(h[k] for h in last) / len(last)), 4) for k in last[0]}
                         | {"first_" + k: round(float(history[0][k]), 4) for k in ("reward", "kl", "gold")
                            if k in history[0]})
+    common.free(actor), common.free(critic)
 
 
 def curves(stage, history):

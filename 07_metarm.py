@@ -14,7 +14,9 @@ preset trains in autocast at ZeRO-3 where 04 uses bf16 at ZeRO-2, so compare J w
 
     deepspeed 07_metarm.py --round 1
     deepspeed 07_metarm.py --round 2 --eta 0     # toy: bit for bit the baseline of stage 04
+    deepspeed 07_metarm.py --round 1 --joint 0.1 --name joint    # not in the paper: minimise L - 0.1 J at theta
 """
+import json
 import random
 from functools import partial
 from importlib import import_module
@@ -108,6 +110,12 @@ def backward(engine, losses):
     return total
 
 
+def joint_loss(L, J, lam):
+    """The plain joint objective L - lam J, both at theta: micro-batch losses for `backward`, which takes their mean."""
+    parts = [(1 / len(L), f) for f in L] + [(-lam / len(J), f) for f in J]
+    return [lambda w=weight, f=f: len(parts) * w * f() for weight, f in parts]
+
+
 def sample_meta(args, policy_dir, prompt_rows, stage, tokenizer):
     """k responses per prompt from the previous round's policy → groups, the meta data set S; samples.jsonl keeps them
     as text and as the ids they are trained on (decoding and encoding again need not give the same)."""
@@ -127,10 +135,17 @@ def sample_meta(args, policy_dir, prompt_rows, stage, tokenizer):
     return [{**g, "responses": common.finished(r, tokenizer.eos_token_id)} for g, r in zip(groups, responses)]
 
 
-def figure_16(path, differences):
-    """Figure 16: distribution of |r_i - r_j| on held-back samples, both models on one 0-1 scale."""
+def all_differences(rewards):
+    """|r_i - r_j| of all pairs i < j of every prompt: [m, k] → [m * k (k - 1) / 2]."""
+    i, j = torch.triu_indices(rewards.shape[1], rewards.shape[1], 1)
+    return (rewards[:, i] - rewards[:, j]).abs().flatten()
+
+
+def figure_16(path, rewards):
+    """Figure 16: distribution of |r_i - r_j| on held-back samples, every model's [m, k] rewards on one 0-1 scale."""
     plt = audit.pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.5))
+    differences = {name: all_differences(r) for name, r in rewards.items()}
     top = max(d.max().item() for d in differences.values())
     for name, d in differences.items():
         axis.hist((d / top).tolist(), bins=40, range=(0, 1), alpha=0.6, density=True, label=name)
@@ -140,18 +155,26 @@ def figure_16(path, differences):
 
 
 def main(argv=None):
-    args = audit.parse_args(__doc__, HPARAMS, lambda flag: flag(
-        "--round", type=int, default=1, help="round r >= 1: samples come from 06_ppo/round_{r-1} (default 1)"), argv)
+    def add_flags(flag):
+        flag("--round", type=int, default=1, help="round r >= 1: samples come from 06_ppo/round_{r-1} (default 1)")
+        flag("--joint", type=float, metavar="LAMBDA", help="no meta step: minimise L - LAMBDA J (needs --name)")
+        flag("--name", help="name of the output directory (default: round_R)")
+    args = audit.parse_args(__doc__, HPARAMS, add_flags, argv)
     r = args.round
     if r < 1:
         common.die("--round must be 1 or more: round 0 is vanilla PPO, which has no MetaRM")
+    if args.name and (not audit.is_name(args.name) or args.name.startswith("round_")):
+        common.die(f"--name {args.name} cannot be a directory of 07_metarm")
+    if args.joint is not None and not args.name:
+        common.die("--joint is not MetaRM: give it a --name")
+    args.hparams |= {"joint": args.joint} if args.joint is not None else {}
     data = audit.require(args, "00_data", "python 00_data.py")
     strength = audit.require(args, "03_strength", "python 03_strength.py")
     sft = audit.require(args, "01_sft", "python 01_sft.py")
     vanilla_dir = audit.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
     policy_dir = audit.require(args, f"06_ppo/round_{r - 1}", f"python 06_ppo.py --round {r - 1}")
     common.setup(args)
-    stage = audit.start_stage(args, f"07_metarm/round_{r}", [
+    stage = audit.start_stage(args, f"07_metarm/{args.name or f'round_{r}'}", [
         "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", f"06_ppo/round_{r - 1}"])
     tokenizer = common.load_tokenizer(sft)
     pad_id = tokenizer.pad_token_id
@@ -181,45 +204,52 @@ def main(argv=None):
     def micros(loss, X):
         return [partial(loss, x) for x in common.micro_batches(X, args.micro_batch_size)]
 
-    def held_back_J(model):
-        return difference_loss(common.score(model, held, args, layout, pad_id)).item()
+    def held_back():
+        return common.score(engine, held, args, layout, pad_id)                    # [m, k]
 
     pair_batches = common.batches(train, args.batch_size, steps, args.seed)
     meta_batches = common.batches(meta, args.meta_batch_size, steps, args.seed + 1)
     done, state = audit.resume(stage, {"rm": engine}, steps)
-    before = state["J_initial"] if done else held_back_J(engine)
+    before = state["J_initial"] if done else difference_loss(held_back()).item()
+    at = {}                                                                        # last held-back rewards
     steps_left = islice(zip(pair_batches, meta_batches), done, None)
     for step, (X_t, X_s) in enumerate(common.progress(steps_left, stage.name, steps, done), done + 1):
-        J_X_s = backward(engine, micros(J, X_s))                                   # Algorithm 1, line 4, Eq. 11
-        theta = ascend(engine, args.eta)                                           # line 5, Eq. 12: theta'
         measured = step % args.eval_every == 0 or step == steps
+        if args.joint is None:
+            backward(engine, micros(J, X_s))                                       # Algorithm 1, line 4, Eq. 11
+            theta = ascend(engine, args.eta)                                       # line 5, Eq. 12: theta'
+            if measured:
+                at["theta_prime"] = held_back()
+            loss = backward(engine, micros(L, X_t))                                # line 6, Eq. 13: at theta'
+            restore(engine, theta)
+        else:
+            # no theta', no J of its own: `loss` is L - lambda J
+            loss = backward(engine, joint_loss(micros(L, X_t), micros(J, X_s), args.joint))
         if measured:
-            J_theta_prime = held_back_J(engine)
-        loss = backward(engine, micros(L, X_t))                                    # line 6, Eq. 13: at theta'
-        restore(engine, theta)
-        if measured:
-            J_theta = held_back_J(engine)
+            at["theta"] = held_back()
         grad_norm = common.step(engine)                                            # line 7, Eq. 14: at theta
         if measured:
             result = denoise.accuracies(common.score(engine, valid, args, layout, pad_id),
                                         denoise.three_sets(valid_rows))
-            audit.log_metrics(stage, step, loss=loss, J_meta_batch=J_X_s, J_theta=J_theta, J_theta_prime=J_theta_prime,
-                               **result)
-        audit.end_step(stage, step, X_t + X_s, {"J_initial": before}, loss=loss, J=J_X_s, grad_norm=grad_norm)
+            J_held = {f"J_{name}": difference_loss(x).item() for name, x in at.items()}
+            audit.log_metrics(stage, step, loss=loss, **J_held, **result)
+        audit.end_step(stage, step, X_t + X_s, {"J_initial": before}, loss=loss, grad_norm=grad_norm)
 
     common.save_model(engine, stage.dir, tokenizer)
     vanilla = common.frozen(common.load_reward_model(vanilla_dir, args), args)
-    rewards = {"MetaRM": common.score(engine, held, args, layout, pad_id),         # [m, k]
-               "vanilla RM": common.score(vanilla, held, args, layout, pad_id)}
-    i, j = torch.triu_indices(args.k, args.k, 1)
-    differences = {name: (x[:, i] - x[:, j]).abs().flatten() for name, x in rewards.items()}
+    rewards = {"theta": held_back(), "vanilla": common.score(vanilla, held, args, layout, pad_id)}     # [m, k]
+    if "theta_prime" in at:
+        rewards["theta_prime"] = at["theta_prime"]
     if common.rank() == 0:
-        figure_16(Path(stage.dir) / "figure_16.png", differences)
+        figure_16(Path(stage.dir) / "figure_16.png", rewards)
+        audit.write_text(stage.dir / "held_back.json", json.dumps({n: x.tolist() for n, x in rewards.items()}) + "\n")
     audit.finish_stage(stage, {
-        "J_initial": before, "J_theta": difference_loss(rewards["MetaRM"]).item(),
-        "J_vanilla": difference_loss(rewards["vanilla RM"]).item(), "J_theta_last_step": J_theta,
-        "J_theta_prime_last_step": J_theta_prime, "mean_difference": differences["MetaRM"].mean().item(),
-        "mean_difference_vanilla": differences["vanilla RM"].mean().item(), **result, "steps": steps})
+        "J_initial": before, "J_theta": difference_loss(rewards["theta"]).item(),
+        "J_vanilla": difference_loss(rewards["vanilla"]).item(),
+        **{f"{name}_last_step": value for name, value in J_held.items()},
+        "mean_difference": all_differences(rewards["theta"]).mean().item(),
+        "mean_difference_vanilla": all_differences(rewards["vanilla"]).mean().item(), **result, "steps": steps})
+    common.free(engine)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ Judges: `gold` is the embedded world's true preference; `ensemble` is the mean o
 without a known truth (a proxy: the policies were trained against models of the same data, so read it as a check that
 runs, not as evidence). A judge that reads text goes into `judge`; the order of the two responses is random there.
 
+With `--best_of n` also best_of_n.jsonl: n responses of pi^SFT to each of some prompts, the judge's score of each and
+its reward under every reward model on all the data, for the curves of gold against reward.
+
 Departures from the paper: (1) no GPT-4 and no people; (2) the best round of Table 3 is chosen by the mean win minus
 lose over the in-distribution tasks, one round for all, on the same prompts (a small optimism the paper shares).
 
@@ -18,14 +21,19 @@ import random
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import audit
 import common
+
+denoise, contrastive = import_module("04_rm_denoise"), import_module("05_rm_contrastive")
 
 HPARAMS = {
     # name: (paper, toy, help)
     "prompts": (100, 200, "prompts per task and distribution, at most"),
     "M": (10, 10, "reward models of --judge ensemble"),
+    "best_of": (0, 0, "n: responses of SFT per prompt that all reward models score; 0 leaves it out"),
+    "best_of_prompts": (100, 30, "prompts of each evaluation set that get them"),
     "temperature": (0.8, 1.0, "sampling temperature"),
     "top_p": (0.9, 1.0, "nucleus sampling"),
     "repetition_penalty": (1.1, 1.0, "of sampling"),
@@ -82,6 +90,27 @@ def compare(verdicts):
             "lose_interval": wilson(count["lose"], n)}
 
 
+def best_of_samples(args, tokenizer, sets, score, names):
+    """Rows {"set", "id", "judge": [n], "rewards": {model: [n]}} for n responses of pi^SFT to each prompt."""
+    rows = [(name, row) for name, members in sets.items() for row in members[:args.best_of_prompts]]
+    encoded = common.encode(tokenizer, [row for _, row in rows], [], args.run)
+    policy = common.frozen(common.load_policy(Path(args.out) / "01_sft", args), args)
+    few = SimpleNamespace(**vars(args) | {"generate_batch_size": -(-args.generate_batch_size // args.best_of)})
+    ids = common.generate(policy, tokenizer, [g["prompt"] for g in encoded], args.best_of, few, args.seed + 1)
+    flat = [(row["prompt"], text) for (_, row), r in zip(rows, ids)
+            for text in tokenizer.batch_decode(r, skip_special_tokens=True)]
+    judged = score(*zip(*flat))
+    groups = [{**g, "responses": [r]} for g, responses in zip(encoded, ids)
+              for r in common.finished(responses, tokenizer.eos_token_id)]
+    rewards = {}
+    for name in names:
+        model = common.frozen(common.load_reward_model(Path(args.out) / name, args), args)
+        rewards[name] = common.score(model, groups, args, "separate", tokenizer.pad_token_id)[:, 0].tolist()
+    part = lambda values, i: values[i * args.best_of:(i + 1) * args.best_of]  # noqa: E731
+    return [{"set": name, "id": row["id"], "judge": part(judged, i),
+             "rewards": {m: part(r, i) for m, r in rewards.items()}} for i, (name, row) in enumerate(rows)]
+
+
 def table(title, rows):
     """Markdown table of (policy, opponent, set, compare()) rows, in per cent."""
     lines = [f"**{title}**", "", "| set | policy | opponent | win | tie | lose | win, 95 % | n |",
@@ -97,7 +126,8 @@ def figure(path, results):
     Figure 15 (the ood_* sets)."""
     plt = audit.pyplot()
     sets = list(dict.fromkeys(name for _, opponent, name, _ in results if opponent == "sft"))
-    fig, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 3.5), squeeze=False)
+    fig, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), max(3.5, 0.06 * len(results))),
+                             squeeze=False, sharey=True)
     for axis, name in zip(axes[0], sets):
         rows = [(p, c) for p, opponent, n, c in results if opponent == "sft" and n == name][::-1]
         left = [0.0] * len(rows)
@@ -121,7 +151,11 @@ def main(argv=None):
     policies = {"sft": "01_sft"} | {name.split("/")[1]: name for name in audit.finished(args.out)
                                     if name.startswith("06_ppo/")}
     members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)] if kind == "ensemble" else []
-    stage = audit.start_stage(args, "08_evaluate", ["00_data", *policies.values(), *members])
+    whole = [n for n, (*_, part) in denoise.METHODS.items() if part == (0, 100)]  # reward models of all the data
+    models = [name for name in audit.finished(args.out) if name.startswith("07_metarm/") or name in
+              [*(f"04_rm_denoise/{n}" for n in whole), *(f"05_rm_contrastive/{n}" for n in contrastive.METHODS)]]
+    stage = audit.start_stage(args, "08_evaluate", ["00_data", *policies.values(), *members,
+                                                    *(models if args.best_of else [])])
     tokenizer = common.load_tokenizer(Path(args.out) / "01_sft")
     if kind == "gold":
         score = partial(map_list, import_module("toy_world").gold)
@@ -165,7 +199,11 @@ def main(argv=None):
         table(f"Table 3: the best round ({best}) against SFT and vanilla PPO, judge {kind}", table_3)
     means = {policy: {name: sum(s for s, (n, _) in zip(scores[policy], rows) if n == name) / len(sets[name])
                       for name in sets} for policy in policies}
+    inside = {name: members for name, members in sets.items() if name.startswith("eval_")}
+    samples = best_of_samples(args, tokenizer, inside, score, models) if args.best_of else []
     if common.rank() == 0:
+        if samples:
+            audit.write_jsonl(stage.dir / "best_of_n.jsonl", samples)
         audit.write_jsonl(stage.dir / "responses.jsonl", [
             {"policy": policy, "set": name, "id": row["id"], "prompt": row["prompt"], "response": text, "score": s}
             for policy in policies for (name, row), text, s in zip(rows, responses[policy], scores[policy])])

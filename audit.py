@@ -331,6 +331,11 @@ def input_hashes(out, inputs):
     return hashes
 
 
+def is_name(name):
+    """A name that a directory of a stage with several models may have."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)) and not ASIDE.search(name) and name != "figures"
+
+
 def inside(path):
     """A recorded path stays in the run directory."""
     return not Path(path).is_absolute() and ".." not in Path(path).parts
@@ -683,10 +688,10 @@ def in_order(manifests):
 
 def head(manifests):
     """One hash over all manifests in order, without what may differ between equal runs: command line with its paths,
-    times, the state of git, the hardware's name."""
+    times, the state of git, the hardware's name. The report is a view of the run, not a part of it."""
     left_out = {"command", "start", "end", "seconds", "git_commit", "git_dirty", "hardware", "digest"}
     chain = hashlib.sha256()
-    for name in in_order(manifests):
+    for name in in_order({k: m for k, m in manifests.items() if k != "09_report"}):
         chain.update(canonical({k: v for k, v in manifests[name].items() if k not in left_out}).encode())
     return chain.hexdigest()
 
@@ -827,10 +832,16 @@ def command_line(argv):
         sys.exit(1)
 
 
+# the colours of Okabe and Ito, which colour-blind people can tell apart; yellow is left out, too pale for lines
+OKABE_ITO = ["#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#999999"]
+
+
 def pyplot():
-    """matplotlib without a display, imported late."""
+    """matplotlib without a display, imported late, in the style of all figures."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "savefig.bbox": "tight"})
+    plt.rcParams.update({
+        "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "savefig.bbox": "tight",
+        "axes.prop_cycle": matplotlib.cycler(color=OKABE_ITO)})
     return plt

@@ -1,0 +1,167 @@
+"""Every experiment of the paper on top of the default pipeline, for several seeds: one call of a stage each.
+
+The table below is the whole list. `deepspeed experiments.py` works through it in one launch, which saves the start-up
+of some seventy; what is complete is skipped, what was interrupted goes on from its checkpoint. Each line is a command
+that can be given by hand, with `--out out/seed_0` behind it:
+
+    bash run_all.sh experiments --seeds 3            # this script, then 09_report.py
+    python experiments.py --dry_run                  # print the commands
+    deepspeed 04_rm_denoise.py --methods baseline --percentile 0 10 --epochs 3 --eval_every 5 --name tenth_01 \
+        --out out/seed_0                             # a single one, by hand
+
+Seed s is in OUT/seed_s. The paper treats summaries as a task of its own, with its own models: OUT/summary_s. That run
+needs no strength of preferences, so its ensemble has two models only.
+"""
+import argparse
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import audit
+import common
+
+WHOLE = ("baseline", "flip", "margin", "flip_margin", "soft_margin")
+CONTRASTIVE = ("simcse", "simcse_diff", "swav", "swav_diff")
+STRENGTHS = (0.01, 0.1, 1, 10)  # of eta, and of lambda in L - lambda J
+SLICE = "--epochs 3 --eval_every {often}"  # a tenth is ten toy steps an epoch: one epoch would hardly move a model
+
+
+def rounds_of(count):
+    """Vanilla PPO and `count` rounds of MetaRM."""
+    rows = [("06_ppo/round_0", "Figure 17", 25, "06_ppo --round 0")]
+    for r in range(1, count + 1):
+        rows += [(f"07_metarm/round_{r}", "Figures 16, 17", 27, f"07_metarm --round {r}"),
+                 (f"06_ppo/round_{r}", "Figure 17, Tables 2, 3", 25, f"06_ppo --round {r}")]
+    return rows
+
+
+def tenth(i, flags="", method="baseline"):
+    return f"04_rm_denoise --methods {method} --percentile {10 * i - 10} {10 * i} {flags} {SLICE} --name "
+
+
+def pairs_table(rounds):
+    """(directory, what it is for, seconds on two idle cores, stage and flags), in order."""
+    return [
+        ("00_data", "all", 4, "00_data"),
+        ("01_sft", "all", 40, "01_sft"),
+        ("02_rm_ensemble/figures", "Figures 1-3", 75, "02_rm_ensemble"),
+        ("03_strength", "Figures 1-3, Table 1", 20, "03_strength"),
+        ("04_rm_denoise/figures", "the five methods, one epoch", 60, "04_rm_denoise"),
+        ("05_rm_contrastive/figures", "Figure 11", 75, "05_rm_contrastive"),
+        *rounds_of(rounds),
+        # ---- section 2.3, 2.4: what each part of the data teaches
+        *((f"04_rm_denoise/tenth_{i:02d}", "Figure 4", 5, tenth(i) + f"tenth_{i:02d}") for i in range(1, 11)),
+        *((f"04_rm_denoise/tenth_{i:02d}_flip", "Figure 5", 5, tenth(i, "--flip_below 1") + f"tenth_{i:02d}_flip")
+          for i in (1, 2)),
+        *((f"04_rm_denoise/tenth_10_{name}", "Figure 6", 5, tenth(10, flags) + f"tenth_10_{name}") for name, flags in (
+            ("soft", "--smoothing 0.1 --soften_all"), ("margin", "--margin"),
+            ("soft_margin", "--smoothing 0.1 --soften_all --margin"))),
+        *((f"04_rm_denoise/tenth_01_flip_{name}", "Figure 23", 5,
+           tenth(1, f"--flip_below 1 {flags}") + f"tenth_01_flip_{name}") for name, flags in (
+               ("soft", "--smoothing 0.1"), ("margin", "--margin"), ("soft_margin", "--smoothing 0.1 --margin"))),
+        *((f"04_rm_denoise/tenth_04_{name}", "Figure 24", 5, tenth(4, flags) + f"tenth_04_{name}") for name, flags in (
+            ("soft", "--smoothing 0.1 --soften_all"), ("margin", "--margin"))),
+        ("04_rm_denoise/tenth_01_soft", "Figure 25", 5, tenth(1, "--smoothing 0.1") + "tenth_01_soft"),
+        # as many steps as one epoch of all the data, so that size and number of steps are not mixed up
+        *((f"04_rm_denoise/part_{low:03d}_{high:03d}", "Figure 21" if low == 0 else "Figure 22", 12,
+           f"04_rm_denoise --methods baseline --percentile {low} {high} --epochs {100 / (high - low):.4g} "
+           f"--name part_{low:03d}_{high:03d}")
+          for low, high in ((0, 20), (0, 40), (0, 60), (0, 80), (80, 100), (60, 100), (40, 100), (20, 100))),
+        *((f"04_rm_denoise/{method}_3_epochs", "Figures 7, 8, 19, 20, 26, 27, 28", 30,
+           f"04_rm_denoise --methods {method} --epochs 3 --eval_every {{seldom}} --name {method}_3_epochs") for method in WHOLE),
+        # ---- PPO without KL penalty under each reward model
+        *((f"06_ppo/{name}", "Figures 9, 10" if name in WHOLE else "Figures 12, 13", 25,
+           f"06_ppo --rm {name} --kl_beta 0") for name in WHOLE + CONTRASTIVE),
+        # ---- two studies that the paper does not have
+        *((f"06_ppo/more_{r}", "more PPO, same reward model", 25,
+           f"06_ppo --rm baseline --start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r}")
+          for r in range(1, min(3, rounds) + 1)),
+        # matched strength, lambda = eta: both are the factor of the same gradient of J
+        *((f"07_metarm/eta_{eta}", "MetaRM beside L - lambda J", 25, f"07_metarm --round 1 --eta {eta} --name eta_{eta}")
+          for eta in STRENGTHS),
+        *((f"07_metarm/joint_{lam}", "MetaRM beside L - lambda J", 22,
+           f"07_metarm --round 1 --joint {lam} --name joint_{lam}") for lam in STRENGTHS),
+        ("06_ppo/joint_1", "MetaRM beside L - lambda J", 25, "06_ppo --rm joint_{eta} --start round_0 --name joint_1"),
+        ("08_evaluate", "Figures 10, 13, 15, Tables 2, 3, best-of-n", 90, "08_evaluate --best_of 64"),
+    ]
+
+
+def summary_table(rounds):
+    """The summary task's own pipeline."""
+    return [
+        ("00_data", "all", 3, "00_data --preferences toy:summary"),
+        ("01_sft", "all", 40, "01_sft"),
+        ("02_rm_ensemble/figures", "all", 15, "02_rm_ensemble --M 2"),
+        ("03_strength", "all", 6, "03_strength --M 2"),
+        ("04_rm_denoise/baseline", "all", 12, "04_rm_denoise --methods baseline"),
+        *rounds_of(rounds),
+        ("08_evaluate", "Tables 2, 3", 20, "08_evaluate"),
+    ]
+
+
+def complete(out, name, flags):
+    """The directory was made by these flags from the inputs that are here now; 08 also of every policy there is."""
+    manifest = audit.read_manifest(Path(out), name)
+    if not manifest or audit.other_inputs(out, manifest):
+        return False
+    given = [w for w in shlex.split(manifest["command"])[1:] if not w.startswith("--local_rank")]
+    if "--out" in given:
+        del given[given.index("--out"):given.index("--out") + 2]
+    read = {path.rsplit("/", 1)[0] for path in manifest["inputs"]}
+    missed = [p for p in audit.finished(out) if p.startswith("06_ppo/") and p not in read] if name[:2] == "08" else []
+    return given == flags and not missed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, epilog="all other flags go to 00_data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: common.die(f"{message} (experiments.py --help lists the flags)")
+    flag = parser.add_argument
+    flag("--out", default="out", help="directory of the runs (default: out)")
+    flag("--seeds", type=int, default=3, help="seeds 0 to N-1 (default: 3)")
+    flag("--rounds", type=int, help="MetaRM rounds (default: 5; 2 with --limit)")
+    flag("--dry_run", action="store_true", help="print the commands and run nothing")
+    flag("--debug", action="store_true", help="show the traceback of an error")
+    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    args, data = parser.parse_known_args()
+    if args.seeds < 1 or "--seed" in data:
+        common.die("--seeds N runs seeds 0 to N-1")
+    limited, own_data = "--limit" in data, "--preferences" in data
+    rounds = args.rounds or (2 if limited else 5)
+    preset = data[data.index("--preset") + 1] if "--preset" in data else "toy"
+    words = {"often": 5 if preset == "toy" else 100, "seldom": 10 if preset == "toy" else 250, "eta": import_module("07_metarm").HPARAMS["eta"][preset == "toy"]}
+    todo = []
+    for seed in range(args.seeds):
+        runs = [(f"seed_{seed}", pairs_table(rounds))]
+        if preset == "toy" and not own_data:
+            runs.append((f"summary_{seed}", summary_table(rounds)))
+        for run, table in runs:
+            for name, purpose, seconds, command in table:
+                stage, *flags = command.format(**words).split()
+                flags += [*data, "--seed", str(seed)] if stage == "00_data" else []
+                todo.append((str(Path(args.out) / run), name, purpose, seconds, stage, flags))
+    if args.dry_run:
+        for out, name, purpose, seconds, stage, flags in todo:
+            print(shlex.join([f"{stage}.py", *flags, "--out", out]), f"  # {name}: {purpose}")
+        return
+    if common.world_size() == 1:  # the answer is the same on every rank only before the first stage runs
+        left = [row for row in todo if not complete(row[0], row[1], row[5])]
+        minutes = sum(row[3] for row in left) / 60
+        common.log(f"{len(todo) - len(left)} of {len(todo)} stages are complete; the others take about {minutes:.0f} "
+                   "minutes with the toy preset on two idle cores" if not limited else f"smoke run of {len(left)} stages")
+    for i, (out, name, purpose, _, stage, flags) in enumerate(todo, 1):
+        if audit.from_rank_0(lambda: complete(out, name, flags)):
+            continue
+        sys.argv = [f"{stage}.py", *flags, "--out", out] + ["--debug"] * args.debug  # what the manifest records
+        common.log(f"\n== {i} of {len(todo)}, {out}/{name} ({purpose}): {shlex.join(sys.argv)}")
+        if common.rank() == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            with open(Path(out) / "commands.log", "a") as log:
+                log.write(shlex.join(["deepspeed", *sys.argv]) + "\n")
+        import_module(stage).main(sys.argv[1:])
+    common.log(f"all {len(todo)} stages are complete")
+
+
+if __name__ == "__main__":
+    audit.run(main)
