@@ -152,7 +152,7 @@ def main(argv=None):
                                     if name.startswith("06_ppo/")}
     members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)] if kind == "ensemble" else []
     whole = [n for n, (*_, part) in denoise.METHODS.items() if part == (0, 100)]  # reward models of all the data
-    models = [name for name in audit.finished(args.out) if name.startswith("07_metarm/") or name in
+    models = [name for name in audit.finished(args.out) if name.startswith("07_metarm/round_") or name in
               [*(f"04_rm_denoise/{n}" for n in whole), *(f"05_rm_contrastive/{n}" for n in contrastive.METHODS)]]
     stage = audit.start_stage(args, "08_evaluate", ["00_data", *policies.values(), *members,
                                                     *(models if args.best_of else [])])

@@ -24,7 +24,6 @@ import common
 WHOLE = ("baseline", "flip", "margin", "flip_margin", "soft_margin")
 CONTRASTIVE = ("simcse", "simcse_diff", "swav", "swav_diff")
 STRENGTHS = (0.01, 0.1, 1, 10)  # of eta, and of lambda in L - lambda J
-SLICE = "--epochs 3 --eval_every {often}"  # a tenth is ten toy steps an epoch: one epoch would hardly move a model
 
 
 def rounds_of(count):
@@ -36,8 +35,12 @@ def rounds_of(count):
     return rows
 
 
-def tenth(i, flags="", method="baseline"):
-    return f"04_rm_denoise --methods {method} --percentile {10 * i - 10} {10 * i} {flags} {SLICE} --name "
+def tenth(i, purpose, name="", flags=""):
+    """A reward model on the i-th tenth of the pairs by strength. A tenth is ten toy steps an epoch: one epoch would
+    hardly move a model."""
+    name = f"tenth_{i:02d}" + (f"_{name}" if name else "")
+    return (f"04_rm_denoise/{name}", purpose, 5, f"04_rm_denoise --methods baseline --percentile {10 * i - 10} {10 * i} "
+            f"{flags} --epochs 3 --eval_every {{often}} --name {name}")
 
 
 def pairs_table(rounds):
@@ -51,25 +54,25 @@ def pairs_table(rounds):
         ("05_rm_contrastive/figures", "Figure 11", 75, "05_rm_contrastive"),
         *rounds_of(rounds),
         # ---- section 2.3, 2.4: what each part of the data teaches
-        *((f"04_rm_denoise/tenth_{i:02d}", "Figure 4", 5, tenth(i) + f"tenth_{i:02d}") for i in range(1, 11)),
-        *((f"04_rm_denoise/tenth_{i:02d}_flip", "Figure 5", 5, tenth(i, "--flip_below 1") + f"tenth_{i:02d}_flip")
-          for i in (1, 2)),
-        *((f"04_rm_denoise/tenth_10_{name}", "Figure 6", 5, tenth(10, flags) + f"tenth_10_{name}") for name, flags in (
-            ("soft", "--smoothing 0.1 --soften_all"), ("margin", "--margin"),
-            ("soft_margin", "--smoothing 0.1 --soften_all --margin"))),
-        *((f"04_rm_denoise/tenth_01_flip_{name}", "Figure 23", 5,
-           tenth(1, f"--flip_below 1 {flags}") + f"tenth_01_flip_{name}") for name, flags in (
-               ("soft", "--smoothing 0.1"), ("margin", "--margin"), ("soft_margin", "--smoothing 0.1 --margin"))),
-        *((f"04_rm_denoise/tenth_04_{name}", "Figure 24", 5, tenth(4, flags) + f"tenth_04_{name}") for name, flags in (
-            ("soft", "--smoothing 0.1 --soften_all"), ("margin", "--margin"))),
-        ("04_rm_denoise/tenth_01_soft", "Figure 25", 5, tenth(1, "--smoothing 0.1") + "tenth_01_soft"),
+        *(tenth(i, "Figure 4") for i in range(1, 11)),
+        *(tenth(i, "Figure 5", "flip", "--flip_below 1") for i in (1, 2)),
+        tenth(10, "Figure 6", "soft", "--smoothing 0.1 --soften_all"),
+        tenth(10, "Figure 6", "margin", "--margin"),
+        tenth(10, "Figure 6", "soft_margin", "--smoothing 0.1 --soften_all --margin"),
+        tenth(1, "Figure 23", "flip_soft", "--flip_below 1 --smoothing 0.1"),
+        tenth(1, "Figure 23", "flip_margin", "--flip_below 1 --margin"),
+        tenth(1, "Figure 23", "flip_soft_margin", "--flip_below 1 --smoothing 0.1 --margin"),
+        tenth(4, "Figure 24", "soft", "--smoothing 0.1 --soften_all"),
+        tenth(4, "Figure 24", "margin", "--margin"),
+        tenth(1, "Figure 25", "soft", "--smoothing 0.1"),
         # as many steps as one epoch of all the data, so that size and number of steps are not mixed up
         *((f"04_rm_denoise/part_{low:03d}_{high:03d}", "Figure 21" if low == 0 else "Figure 22", 12,
            f"04_rm_denoise --methods baseline --percentile {low} {high} --epochs {100 / (high - low):.4g} "
            f"--name part_{low:03d}_{high:03d}")
           for low, high in ((0, 20), (0, 40), (0, 60), (0, 80), (80, 100), (60, 100), (40, 100), (20, 100))),
         *((f"04_rm_denoise/{method}_3_epochs", "Figures 7, 8, 19, 20, 26, 27, 28", 30,
-           f"04_rm_denoise --methods {method} --epochs 3 --eval_every {{seldom}} --name {method}_3_epochs") for method in WHOLE),
+           f"04_rm_denoise --methods {method} --epochs 3 --eval_every {{seldom}} --name {method}_3_epochs")
+          for method in WHOLE),
         # ---- PPO without KL penalty under each reward model
         *((f"06_ppo/{name}", "Figures 9, 10" if name in WHOLE else "Figures 12, 13", 25,
            f"06_ppo --rm {name} --kl_beta 0") for name in WHOLE + CONTRASTIVE),
@@ -78,11 +81,11 @@ def pairs_table(rounds):
            f"06_ppo --rm baseline --start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r}")
           for r in range(1, min(3, rounds) + 1)),
         # matched strength, lambda = eta: both are the factor of the same gradient of J
-        *((f"07_metarm/eta_{eta}", "MetaRM beside L - lambda J", 25, f"07_metarm --round 1 --eta {eta} --name eta_{eta}")
-          for eta in STRENGTHS),
+        *((f"07_metarm/eta_{eta}", "MetaRM beside L - lambda J", 25,
+           f"07_metarm --round 1 --eta {eta} --name eta_{eta}") for eta in STRENGTHS),
         *((f"07_metarm/joint_{lam}", "MetaRM beside L - lambda J", 22,
            f"07_metarm --round 1 --joint {lam} --name joint_{lam}") for lam in STRENGTHS),
-        ("06_ppo/joint_1", "MetaRM beside L - lambda J", 25, "06_ppo --rm joint_{eta} --start round_0 --name joint_1"),
+        ("06_ppo/joint", "MetaRM beside L - lambda J", 25, "06_ppo --rm joint_{eta} --start round_0 --name joint"),
         ("08_evaluate", "Figures 10, 13, 15, Tables 2, 3, best-of-n", 90, "08_evaluate --best_of 64"),
     ]
 
@@ -130,11 +133,13 @@ def main():
     limited, own_data = "--limit" in data, "--preferences" in data
     rounds = args.rounds or (2 if limited else 5)
     preset = data[data.index("--preset") + 1] if "--preset" in data else "toy"
-    words = {"often": 5 if preset == "toy" else 100, "seldom": 10 if preset == "toy" else 250, "eta": import_module("07_metarm").HPARAMS["eta"][preset == "toy"]}
+    toy = preset == "toy"
+    words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250,
+             "eta": import_module("07_metarm").HPARAMS["eta"][toy]}
     todo = []
     for seed in range(args.seeds):
         runs = [(f"seed_{seed}", pairs_table(rounds))]
-        if preset == "toy" and not own_data:
+        if toy and not own_data:
             runs.append((f"summary_{seed}", summary_table(rounds)))
         for run, table in runs:
             for name, purpose, seconds, command in table:
