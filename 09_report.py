@@ -1,0 +1,392 @@
+"""Stage 09: the paper's figures and tables beside ours on one page, and a verdict on each of its claims.
+
+Reads OUT/seed_0, OUT/seed_1, ... as `experiments.py` makes them, or OUT itself when it is one run (a default run, or one
+on your own data: what was not measured there is left out). Writes OUT/09_report/index.html, one file that needs no
+network; ledger.json, the claims with their values, intervals and verdicts; figures/NAME.png and NAME.json, each figure
+with its numbers down to single pairs and prompts, from which the ledger is computed.
+
+The claims, what is measured for each and the criterion stand in CLAIMS below. They were written before the experiments
+were run (commit of this table: see git log) and are not changed after; a criterion that proves ill-posed is marked and a
+second one is put beside it, with the reason and the date. Each quantity has a 95 % interval: a bootstrap over the
+seeds and, inside a seed, over the pairs or prompts it was measured on. A claim **holds** when the interval lies inside
+the criterion, **fails** when it lies outside, and is **open** when it crosses it or fewer than three seeds were run.
+
+    python 09_report.py                    # after run_all.sh experiments, or after any run
+    python 09_report.py --texts            # show dialogues of your own data too (they may be offensive)
+"""
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import audit
+import common
+import figures
+
+MIN_SEEDS, REPLICATES = 3, 1000
+METHODS = [name for name in figures.WHOLE if name != "baseline"]
+
+
+# ---------------------------------------------------------------- quantities
+# Each takes d, {figure: its data} of one seed as numpy arrays, and pick(n): the indices 0 .. n-1 for the value itself, n
+# indices drawn with replacement for a bootstrap replicate.
+
+def accuracy(curve, i, at=-1, kind="judge"):
+    """Accuracy on the pairs i at one evaluation; without a judge, under the original labels."""
+    return curve["right"].get(kind, curve["right"]["original"])[at][i].mean()
+
+
+def final(curves, pick, kind="judge"):
+    """{model: its accuracy at the end of training}, all on the same drawn pairs."""
+    i = pick(next(iter(curves.values()))["right"].get(kind, next(iter(curves.values()))["right"]["original"]).shape[1])
+    return {name: accuracy(c, i, kind=kind) for name, c in curves.items()}
+
+
+def wins(scores, policy, opponent, i):
+    """Share of the prompts i that `policy` wins, and that it loses."""
+    difference = scores[policy][i] - scores[opponent][i]
+    return (difference > 1e-9).mean(), (difference < -1e-9).mean()
+
+
+def lead(scores, policy, opponent, i):
+    """Win minus lose."""
+    win, lose = wins(scores, policy, opponent, i)
+    return win - lose
+
+
+def roughness(y):
+    """How unsteady a curve is: root mean square distance from a straight line through its second half."""
+    y = np.asarray(y, float)[len(y) // 2:]
+    x = np.arange(len(y))
+    return np.sqrt(((y - np.polyval(np.polyfit(x, y, 1), x)) ** 2).mean()) + 1e-12
+
+
+def share_below_zero(d, pick):
+    return (d["figure_01"]["mean"][pick(len(d["figure_01"]["mean"]))] < 0).mean()
+
+
+def u_shape(d, pick):
+    """The lower of the two outer groups' mean std, of 20 groups by strength, over that of the middle ten groups."""
+    mean, std = d["figure_01"]["mean"], d["figure_01"]["std"]
+    i = pick(len(mean))
+    groups = np.array_split(std[i][np.argsort(mean[i], kind="stable")], 20)
+    return min(groups[0].mean(), groups[-1].mean()) / np.concatenate(groups[5:15]).mean()
+
+
+def consistency_steps(d, pick):
+    """The lesser of two rises: from the weakest to the near-zero and from there to the strongest sixth of pairs."""
+    mean, agrees = d["figure_03"]["mean"], d["figure_03"]["agrees"]
+    i = pick(len(mean))
+    i = i[np.argsort(mean[i], kind="stable")]
+    size, zero = max(1, len(i) // 6), np.abs(mean[i]).argmin()
+    start = np.clip(zero - size // 2, 0, len(i) - size)
+    weakest, middle, strongest = (agrees[j].mean() for j in (i[:size], i[start:start + size], i[-size:]))
+    return min(middle - weakest, strongest - middle)
+
+
+def tenths_mean(*numbers):
+    def measure(d, pick):
+        result = final(d["figure_04"], pick)
+        return np.mean([result[f"tenth_{n:02d}"] for n in numbers])
+    return measure
+
+
+def strongest_is_not_best(d, pick):
+    result = final(d["figure_04"], pick)
+    return np.mean([result[f"tenth_{n:02d}"] for n in (7, 8, 9)]) - result["tenth_10"]
+
+
+def both_flipped(d, pick):
+    result = final(d["figure_05"], pick)
+    return min(result["tenth_01_flip"], result["tenth_02_flip"])
+
+
+def strongest_order(d, pick):
+    r = final(d["figure_06"], pick)
+    return min(r["tenth_10_soft_margin"] - r["tenth_10_margin"], r["tenth_10_margin"] - r["tenth_10"])
+
+
+def margin_helps(d, pick):
+    result = final({name: d["figure_07"][name] for name in ("baseline", "margin")}, pick)
+    return result["margin"] - result["baseline"]
+
+
+def late_change(curve, i, kind):
+    """Accuracy at the end of the third epoch minus that at the end of the first."""
+    return accuracy(curve, i, -1, kind) - accuracy(curve, i, figures.epoch_end(curve["step"], 1), kind)
+
+
+def less_overfitting(d, pick):
+    change = {}
+    for kind in ("judge", "consistent"):
+        right = d["figure_08"]["baseline_3_epochs"]["right"]
+        i = pick(right.get(kind, right["original"]).shape[1])
+        for name in ("baseline", *figures.DENOISING):
+            change.setdefault(name, []).append(late_change(d["figure_08"][f"{name}_3_epochs"], i, kind))
+    return np.mean([change[name] for name in figures.DENOISING]) - np.mean(change["baseline"])
+
+
+def noisy_set_leaders(d, pick):
+    result = final(d["figure_08"], pick, "original")
+    return np.mean([result[f"{n}_3_epochs"] for n in ("baseline", "margin")]) - np.mean(
+        [result[f"{n}_3_epochs"] for n in figures.DENOISING])
+
+
+def steadier(d, figure, others, curves):
+    """Mean over some curves of log(roughness under the baseline / mean roughness under the other reward models)."""
+    return np.mean([np.log(roughness(f(d[figure]["baseline"])) /
+                           np.mean([roughness(f(d[figure][name])) for name in others])) for f in curves])
+
+
+def steadier_kl(d, pick):
+    return steadier(d, "figure_09", figures.DENOISING, (lambda c: c["kl"], lambda c: np.log(c["perplexity_sft"])))
+
+
+def steadier_reward(d, pick):
+    return steadier(d, "figure_12", figures.contrastive.METHODS,
+                    (lambda c: c["reward"] / c["reward_std"][-1], lambda c: c["return"]))
+
+
+def leads_on(d, pick, name, opponent="baseline", policies=METHODS):
+    """Win minus lose of each policy on one evaluation set of Figure 10 or 13."""
+    figure = "figure_10" if policies is METHODS else "figure_13"
+    scores = d[figure]["scores"][name]
+    i = pick(len(scores[opponent]))
+    return [lead(scores, policy, opponent, i) for policy in policies]
+
+
+def all_win_harmless(d, pick):
+    return min(leads_on(d, pick, "eval_harmless"))
+
+
+def less_on_helpful(d, pick):
+    return np.mean(leads_on(d, pick, "eval_harmless")) - np.mean(leads_on(d, pick, "eval_helpful"))
+
+
+def simcse_separates(d, pick):
+    data = d["figure_11"]
+    i = pick(len(data["baseline"]["silhouette"]))
+    return data["simcse"]["silhouette"][i].mean() - data["baseline"]["silhouette"][i].mean()
+
+
+def simcse_is_best(d, pick):
+    leads = np.mean([leads_on(d, pick, name, "sft", figures.contrastive.METHODS)
+                     for name in ("eval_harmless", "eval_helpful")], 0)
+    return leads[0] - leads[1:].max()
+
+
+def wider_differences(d, pick):
+    rises = []
+    for held in d["figure_16"].values():
+        i = pick(len(held["theta"]))
+        rises.append(held["J_theta"][i].mean() - held["J_vanilla"][i].mean())
+    return np.mean(rises)
+
+
+def tasks(d, kind="eval_"):
+    return {name: scores for name, scores in d["table_2"]["scores"].items() if name.startswith(kind)}
+
+
+def first_rounds_rise(d, pick):
+    rises = []
+    for scores in tasks(d).values():
+        i, last = pick(len(scores["sft"])), min(3, len(scores) - 2)
+        rises.append(wins(scores, f"round_{last}", "sft", i)[0] - wins(scores, "round_1", "sft", i)[0])
+    return np.mean(rises)
+
+
+def halves(n, pick):
+    """Even prompts, on which the best round is chosen, and odd ones, on which it is measured."""
+    return 2 * pick(-(-n // 2)), 2 * pick(n // 2) + 1
+
+
+def best_round(scores, i, last):
+    return max((f"round_{r}" for r in range(1, last + 1)), key=lambda policy: wins(scores, policy, "sft", i)[0])
+
+
+def falls_after_best(d, pick):
+    falls = []
+    for scores in tasks(d).values():
+        last, (choose, measure) = len(scores) - 2, halves(len(scores["sft"]), pick)
+        best = best_round(scores, choose, max(1, last - 1))
+        falls.append(wins(scores, best, "sft", measure)[0] - wins(scores, f"round_{last}", "sft", measure)[0])
+    return np.mean(falls)
+
+
+def best_beats_vanilla(d, pick, kind="eval_"):
+    """Win minus lose of the best round against vanilla PPO, mean over tasks; the best round is that of the even
+    in-distribution prompts, a task's own."""
+    leads = []
+    for name, scores in tasks(d).items():
+        choose, measure = halves(len(scores["sft"]), pick)
+        best = best_round(scores, choose, len(scores) - 2)
+        other = d["table_2"]["scores"].get(name.replace("eval_", kind))
+        if other is not None:
+            measure = measure if kind == "eval_" else pick(len(other["sft"]))
+            leads.append(lead(other, best, "round_0", measure))
+    return np.mean(leads)
+
+
+def best_beats_vanilla_ood(d, pick):
+    return best_beats_vanilla(d, pick, "ood_")
+
+
+def less_out_of_distribution(d, pick):
+    return best_beats_vanilla(d, pick) - best_beats_vanilla(d, pick, "ood_")
+
+
+def later_epochs(kind):
+    def measure(d, pick):
+        curve = d["figure_19"]["baseline_3_epochs"]
+        return late_change(curve, pick(curve["right"][kind].shape[1]), kind)
+    return measure
+
+
+def inflation(d, pick):
+    first, last = d["figure_20"]["epoch_end"][0], d["figure_20"]["epoch_end"][-1]   # [N, 2]
+    i = pick(len(first))
+    rise = (last[i] - first[i]).mean(0)                                            # chosen, rejected
+    return rise.mean() - (rise[0] - rise[1])
+
+
+def weak_end_costs(d, pick):
+    r = final({k: c for f in ("figure_21", "figure_22") for k, c in d[f].items()}, pick)
+    return r["part_080_100"] - r["part_000_060"]
+
+
+def strong_end_keeps(d, pick):
+    result = final(d["figure_22"], pick)
+    return result["part_040_100"] - result["part_080_100"]
+
+
+def sooner_extreme(d, pick):
+    i = pick(d["figure_26"]["baseline"]["p"].shape[1])
+    extreme = {name: np.abs(2 * c["p"][1:, i] - 1).mean() for name, c in d["figure_26"].items()}
+    return extreme["flip"] - extreme["baseline"]
+
+
+def differ_on_weak(d, pick):
+    """Share of pairs on which a method's verdict is another than the baseline's, weak half minus strong half."""
+    right = d["figure_27"]["right"]
+    n = right["baseline_3_epochs"].shape[1] // 2
+    weak, strong = pick(n), pick(n) + right["baseline_3_epochs"].shape[1] - n
+    other = [right[f"{name}_3_epochs"][-1] != right["baseline_3_epochs"][-1] for name in METHODS]
+    return np.mean([o[weak].mean() - o[strong].mean() for o in other])
+
+
+def equation_17(kind):
+    def measure(d, pick):
+        values = d["equation_17"][kind]
+        return values[pick(len(values))].mean()
+    return measure
+
+
+# ---------------------------------------------------------------- the ledger
+
+# id, where, the claim, the paper's number, what is measured here, criterion (low, high), function of it
+CLAIMS = [
+    ("C1", "2.2, Figure 1", "About a quarter of the pairs has a mean preference difference below 0.", "about 0.25",
+     "share of training pairs with mean < 0", (0.20, 0.30), share_below_zero),
+    ("C2", "2.2, Figure 2", "The std is U-shaped over strength.", "",
+     "lower mean std of the two outer of 20 groups / mean std of the middle ten", (1, None), u_shape),
+    ("C3", "2.2, Figure 3", "Consistency with the judge rises with strength.", "0.164, 0.544, 0.956",
+     "lesser of the two rises, weakest to near-zero to strongest sixth of the validation pairs", (0, None),
+     consistency_steps),
+    ("C4", "2.3, Figure 4", "The weakest fifth trains a model worse than chance.", "below 0.5",
+     "accuracy on the judge's labels, mean of tenths 1 and 2", (None, 0.5), tenths_mean(1, 2)),
+    ("C5", "2.3, Figure 4", "The 20-40 % slice trains a model near chance.", "about 0.5",
+     "accuracy on the judge's labels, mean of tenths 3 and 4", (0.45, 0.55), tenths_mean(3, 4)),
+    ("C6", "2.3, Figure 4", "The strongest tenth alone is not the best tenth.", "",
+     "accuracy of tenths 7 to 9 (mean) minus that of tenth 10", (0, None), strongest_is_not_best),
+    ("C7", "2.4.1, Figure 5", "Flipping the labels of the two weakest tenths makes each useful.", "",
+     "accuracy after flipping, the lesser of tenths 1 and 2", (0.5, None), both_flipped),
+    ("C8", "2.4.2, Figure 6", "On the strongest tenth soft labels + margin beat margin, which beats nothing.", "",
+     "lesser of the two steps in accuracy", (0, None), strongest_order),
+    ("C9", "2.4.2, Figure 7", "A margin on all data helps.", "",
+     "accuracy of margin minus baseline, one epoch", (0, None), margin_helps),
+    ("C10", "2.5, Figure 8", "Denoising methods overfit less: their accuracy does not fall late, the baseline's does.", "",
+     "change of accuracy from epoch 1 to 3, judge and consistent sets: mean of flip, flip+margin, soft+margin, minus "
+     "baseline", (0, None), less_overfitting),
+    ("C11", "2.5, Figure 8", "Baseline and margin lead on the original, noisy validation set.", "",
+     "accuracy after three epochs, mean of baseline and margin minus mean of the three denoising methods", (0, None),
+     noisy_set_leaders),
+    ("C12", "2.5, Figure 9", "Without KL penalty, KL and perplexity of PPO are steadier under denoised reward models.", "",
+     "log of roughness under baseline / under the denoised models, mean over KL and log perplexity", (0, None),
+     steadier_kl),
+    ("C13", "2.5, Figure 10", "All four methods win against the baseline on harmless prompts.", "",
+     "win minus lose, the least of the four methods", (0, None), all_win_harmless),
+    ("C14", "2.5, Figure 10", "The gain is smaller on helpful prompts.", "",
+     "win minus lose against baseline, harmless minus helpful, mean of the four methods", (0, None), less_on_helpful),
+    ("C15", "3.1, Figure 11", "SimCSE lowers the overlap of chosen and rejected features.", "",
+     "silhouette under SimCSE minus under the baseline", (0, None), simcse_separates),
+    ("C16", "3.1, Figure 12", "Reward and return of PPO are steadier under contrastive reward models.", "",
+     "log of roughness under baseline / under the four models, mean over reward and return", (0, None),
+     steadier_reward),
+    ("C17", "3.1, Figure 13", "SimCSE on pairs is the best of the contrastive variants.", "",
+     "win minus lose against SFT over harmless and helpful, SimCSE minus the best other", (0, None), simcse_is_best),
+    ("C18", "3.2, Figure 16", "MetaRM widens the reward differences on the shifted policy's samples.", "",
+     "J (Eq. 11) at theta minus the vanilla model's, held-back samples, mean of the rounds", (0, None),
+     wider_differences),
+    ("C19", "3.2.1, Table 2", "The win rate over SFT rises over the first rounds.", "harmless 44 to 69 %",
+     "win rate of round 3 minus round 1, mean of the tasks", (0, None), first_rounds_rise),
+    ("C20", "3.2.1, Table 2", "After some round it falls.", "harmless 69 to 64 %",
+     "win rate of the best earlier round (chosen on other prompts) minus that of the last", (0, None), falls_after_best),
+    ("C21", "3.2.1, Table 3", "The best round beats vanilla PPO.", "harmless 54 : 15",
+     "win minus lose, best round (chosen on other prompts) against round 0, mean of the tasks", (0, None),
+     best_beats_vanilla),
+    ("C22a", "3.2.1, Figure 15", "Out of distribution the best round beats vanilla PPO too.", "",
+     "the same on out-of-distribution prompts", (0, None), best_beats_vanilla_ood),
+    ("C22b", "3.2.1, Figure 15", "Out of distribution its gain is a little smaller.", "",
+     "win minus lose in distribution minus out of distribution", (0, None), less_out_of_distribution),
+    ("C23a", "A, Figure 19", "After the first epoch training accuracy goes on rising.", "",
+     "training accuracy at the end of epoch 3 minus epoch 1, baseline", (0, None), later_epochs("train")),
+    ("C23b", "A, Figure 19", "Validation accuracy does not.", "",
+     "accuracy on the original validation set at the end of epoch 3 minus epoch 1, baseline", (None, 0.02),
+     later_epochs("original")),
+    ("C24", "A, Figure 20", "Scores inflate from epoch to epoch without a wider gap.", "",
+     "rise of the mean score from epoch 1 to 3 minus that of the chosen-rejected gap, baseline", (0, None), inflation),
+    ("C25a", "C, Figure 21", "Growing from the weakest end, much good data is needed to make up for it.", "",
+     "accuracy from the strongest fifth alone minus from the weakest three fifths, equal steps", (0, None),
+     weak_end_costs),
+    ("C25b", "C, Figure 22", "Growing from the strongest end, accuracy does not fall.", "",
+     "accuracy from the strongest three fifths minus from the strongest fifth, equal steps", (-0.02, None),
+     strong_end_keeps),
+    ("C26", "C, Figure 26", "With flipped labels p moves to 0 and 1 sooner.", "5k against 10k steps",
+     "mean |2p - 1| of training pairs over three epochs, flip minus baseline", (0, None), sooner_extreme),
+    ("C27", "C, Figure 27", "The methods differ mostly on weak slices.", "",
+     "share of pairs judged otherwise than by the baseline, weak half minus strong half, mean of the four methods",
+     (0, None), differ_on_weak),
+    ("C28a", "3.2, Eq. 17", "The meta step changes the gradient by that of grad L . grad J.", "",
+     "cosine of grad L(theta') - grad L(theta) and grad (grad L . grad J), at the baseline", (0.9, None),
+     equation_17("whole")),
+    ("C28b", "3.2, Eq. 17", "It does if grad J is held fixed, as Eq. 15's Jacobian is.", "",
+     "the same with grad J held fixed", (0.9, None), equation_17("fixed")),
+]
+
+
+def verdict(low, high, criterion, seeds):
+    """"holds" if the interval lies inside the criterion (low, high; None is no bound), "fails" if it lies outside,
+    "open" if it crosses it, is not finite, or comes from fewer than three seeds."""
+    floor, ceiling = (-np.inf if criterion[0] is None else criterion[0]), (np.inf if criterion[1] is None else criterion[1])
+    if seeds < MIN_SEEDS or not np.isfinite([low, high]).all():
+        return "open"
+    if floor < low and high < ceiling:
+        return "holds"
+    return "fails" if high <= floor or low >= ceiling else "open"
+
+
+def interval(measure, seeds, rng, replicates=REPLICATES):
+    """95 % percentile bootstrap interval of the mean over seeds: a replicate draws seeds with replacement and, inside
+    each, pairs or prompts with replacement. measure(d, pick) → number; seeds: [d]. → (low, high)."""
+    means = [np.mean([measure(seeds[s], lambda n: rng.integers(n, size=n)) for s in rng.integers(len(seeds), size=len(seeds))])
+             for _ in range(replicates)]
+    return tuple(float(x) for x in np.percentile(means, [2.5, 97.5]))
+
+
+def as_arrays(data):
+    """Lists of numbers as numpy arrays, all the way down."""
+    if isinstance(data, dict):
+        return {key: as_arrays(value) for key, value in data.items()}
+    return np.array(data) if isinstance(data, list) else data
