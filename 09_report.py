@@ -14,8 +14,10 @@ the criterion, **fails** when it lies outside, and is **open** when it crosses i
     python 09_report.py                    # after run_all.sh experiments, or after any run
     python 09_report.py --texts            # show dialogues of your own data too (they may be offensive)
 """
-import argparse
+import base64
+import html
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,8 +59,11 @@ def lead(scores, policy, opponent, i):
 
 
 def roughness(y):
-    """How unsteady a curve is: root mean square distance from a straight line through its second half."""
+    """How unsteady a curve is: root mean square distance from a straight line through its second half (nan when that
+    has fewer than three steps)."""
     y = np.asarray(y, float)[len(y) // 2:]
+    if len(y) < 3:
+        return np.nan
     x = np.arange(len(y))
     return np.sqrt(((y - np.polyval(np.polyfit(x, y, 1), x)) ** 2).mean()) + 1e-12
 
@@ -390,3 +395,199 @@ def as_arrays(data):
     if isinstance(data, dict):
         return {key: as_arrays(value) for key, value in data.items()}
     return np.array(data) if isinstance(data, list) else data
+
+
+def ledger(collected):
+    """CLAIMS with their value for each seed, mean, interval and verdict. collected: {figure: [data of a seed]}."""
+    arrays = {name: [as_arrays(data) for data in seeds] for name, seeds in collected.items() if seeds}
+    count = max(map(len, arrays.values()))
+    seeds = [{name: data[s] for name, data in arrays.items()} for s in range(count)]
+    out = []
+    for k, (claim, where, text, paper, quantity, criterion, measure) in enumerate(common.progress(CLAIMS, "claims")):
+        entry = {"id": claim, "where": where, "claim": text, "paper": paper, "quantity": quantity, "criterion": criterion,
+                 "seeds": count}
+        try:
+            values = [float(measure(d, np.arange)) for d in seeds]
+        except KeyError as missing:  # the figure, model or evaluation set that this run has not made
+            out.append({**entry, "verdict": "not measured", "reason": f"this run has no {missing.args[0]}"})
+            continue
+        if not np.isfinite(values).all():
+            out.append({**entry, "verdict": "not measured", "reason": "too few steps or pairs"})
+            continue
+        low, high = interval(measure, seeds, np.random.default_rng(k))
+        out.append({**entry, "values": values, "mean": float(np.mean(values)), "interval": [low, high],
+                    "verdict": verdict(low, high, criterion, count)})
+    return out
+
+
+# ---------------------------------------------------------------- the page
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Secrets of RLHF Part II, replayed</title>
+<style>
+:root { color-scheme: light dark; --text: #1c1c1c; --page: #fff; --soft: #f3f3f1; --line: #d8d8d4; --mute: #5c5c58; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e2; --page: #191a1b; --soft: #242627; --line: #3c3f41; --mute: #a5a5a0; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 0 auto;
+  max-width: 64rem; padding: 1rem; overflow-wrap: break-word; }
+h1 { line-height: 1.2; } h2 { margin: 2.5rem 0 .3rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.2rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
+th { background: var(--soft); } td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.v { font-weight: 600; padding: .05rem .5rem; border-radius: 1rem; white-space: nowrap; color: #fff; }
+.holds { background: #0072b2; } .fails { background: #b34700; } .open, .not { background: #666; }
+.mute, summary { color: var(--mute); } code, pre { font-size: .85rem; background: var(--soft); }
+pre { padding: .5rem; white-space: pre-wrap; } details { margin: .4rem 0; } summary { cursor: pointer; }
+@media print { body { max-width: none; font-size: 11px; } h2, img, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  details::details-content { content-visibility: visible; } summary { display: none; } }
+</style></head><body>
+<h1>Secrets of RLHF Part II, replayed</h1>
+BODY
+</body></html>
+"""
+
+
+def escape(value):
+    return html.escape(str(value))
+
+
+def html_table(rows, cells=escape):
+    """Rows, the first the head → a table that scrolls inside the page when it is wide."""
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{cells(c)}</{tag}>" for c in row) + "</tr>"  # noqa: E731
+    return f"<div class=wide><table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table></div>"
+
+
+def folded(title, content):
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
+def number(x):
+    return f"{x:.3g}" if abs(x) < 0.01 else f"{x:.3f}"
+
+
+def bounds(criterion):
+    """(low, high) for people."""
+    low, high = criterion
+    return f"{low:g} to {high:g}" if low is not None and high is not None else f"> {low:g}" if low is not None else \
+        f"< {high:g}"
+
+
+def ledger_table(entries):
+    rows = []
+    for e in entries:
+        kind = f"<span class='v {e['verdict'].split()[0]}'>{e['verdict']}</span>"
+        if "values" in e:
+            seeds = ", ".join(map(number, e["values"]))
+            result = f"<td class=n>{number(e['mean'])}<br><span class=mute>{number(e['interval'][0])} to " \
+                     f"{number(e['interval'][1])}</span></td><td class=n>{seeds}</td>"
+        else:
+            result = f"<td colspan=2 class=mute>{escape(e['reason'])}</td>"
+        paper = f"<br><span class=mute>paper: {escape(e['paper'])}</span>" if e["paper"] else ""
+        rows.append(f"<tr id={e['id']}><td>{e['id']}<br><span class=mute>{escape(e['where'])}</span></td>"
+                    f"<td>{escape(e['claim'])}{paper}</td><td>{kind}</td>{result}"
+                    f"<td>{escape(e['quantity'])}<br><b>{escape(bounds(e['criterion']))}</b></td></tr>")
+    return "<div class=wide><table><tr><th>claim, section</th><th></th><th>verdict</th><th>mean, 95 %</th><th>each seed</th>" \
+           f"<th>what is measured; holds if</th></tr>{''.join(rows)}</table></div>"
+
+
+def texts(name, data):
+    """Table 1 or the answers of each round, from the first seed."""
+    if name == "table_1":
+        return "".join(f"<h3>{kind}: mean {pair[figures.MEAN]:.2f}, std {pair[figures.STD]:.2f}</h3><pre>" + "\n\n".join(
+            f"{key}: {escape(pair[key].strip())}" for key in ("prompt", "chosen", "rejected")) + "</pre>"
+            for kind, pair in data.items())
+    out = "<p>The reward is each round's own reward model's; where it rises and gold falls, the policy has learned the " \
+          "model's mistakes.</p>"
+    for sample in data.values():
+        rows = [["policy", "answer", "reward", "gold"]] + [
+            [a["policy"], a["response"], f"{a['reward']:.2f}", f"{a['gold']:.2f}" if "gold" in a else ""]
+            for a in sample["answers"]]
+        out += f"<pre>{escape(sample['prompt'].strip())}</pre>{html_table(rows)}"
+    return out
+
+
+def commands(run, patterns):
+    """The recorded command lines of the stages that a figure comes from."""
+    found = sorted({p for pattern in patterns for p in run.path.glob(f"{pattern}/manifest.json")})
+    lines = dict.fromkeys(" ".join(w for w in shlex.split(audit.read_json(p)["command"])
+                                   if not w.startswith("--local_rank")) for p in found)
+    return [f"deepspeed {line}" for line in lines]
+
+
+def what_was_run(runs):
+    """Preset, data, model, minutes, hardware and head of every run directory."""
+    rows = [["run", "preset", "data", "model", "minutes", "hardware", "head (run_all.sh verify)"]]
+    for path in [p for run in runs for p in (run.path, run.summary) if p]:
+        manifests = {name: audit.read_json(path / name / "manifest.json") for name in audit.finished(path)
+                     if name != "09_report"}
+        info, last = audit.read_json(path / "run.json"), next(iter(manifests.values()))
+        rows.append([path.name, info["preset"] + (f", limit {info['limit']}" if info.get("limit") else ""),
+                     ", ".join(map(str, info["preferences"])), info["model"],
+                     f"{sum(m['seconds'] for m in manifests.values()) / 60:.1f}",
+                     f"{last['hardware']}, {last['world_size']} process(es)", audit.head(manifests)])
+    return rows
+
+
+def section(name, title, saw, body, lines, table):
+    lines = "\n".join(lines)
+    return f"<section id={name}><h2>{escape(title)}</h2>" + (f"<p><b>Paper:</b> {escape(saw)}</p>" if saw else "") + body + \
+        (folded("commands", f"<pre>{escape(lines)}</pre>") if lines else "") + \
+        (folded("numbers", html_table(table)) if len(table) > 1 else "") + "</section>"
+
+
+def main(argv=None):
+    args = audit.parse_args(__doc__, {}, lambda flag: flag(
+        "--texts", action="store_true", help="show dialogues of data other than the embedded world's"), argv, False)
+    out = Path(args.out)
+    paths = sorted((p for p in out.glob("seed_*") if (p / "run.json").exists()), key=lambda p: int(p.name[5:])) or [out]
+    if not (paths[0] / "run.json").exists():
+        common.die(f"{out} holds no run: bash run_all.sh --out {out}, or bash run_all.sh experiments --out {out}")
+    runs = []
+    for i, path in enumerate(paths):
+        summary = out / path.name.replace("seed_", "summary_")
+        runs.append(SimpleNamespace(path=path, seed=i, summary=summary if path != out and summary.exists() else None))
+    stage = audit.start_stage(args, "09_report", [n for n in audit.finished(out) if n != "09_report"] if paths == [out] else [])
+    show_texts = args.texts or all(audit.read_json(p / "run.json").get("world") == "toy" for p in paths)
+    (stage.dir / "figures").mkdir()
+    sections, collected, plt = [], {}, audit.pyplot()
+    for name, (title, saw, made, data, draw) in common.progress(figures.FIGURES.items(), "figures"):
+        if name in ("table_1", "samples") and not show_texts:
+            sections.append(section(name, title, saw, "<p class=mute>Not shown for your own data (--texts).</p>", [], []))
+            continue
+        try:
+            seeds = [data(run) for run in runs]
+        except figures.Missing as missing:
+            sections.append(section(name, title, saw, f"<p class=mute>Not measured: {escape(missing)}.</p>", [], []))
+            continue
+        collected[name] = seeds
+        figure, table = draw(seeds)
+        body = texts(name, seeds[0]) if name in ("table_1", "samples") else ""
+        audit.write_text(stage.dir / f"figures/{name}.json", json.dumps(dict(zip((p.name for p in paths), seeds))) + "\n")
+        if figure:
+            figure.savefig(stage.dir / f"figures/{name}.png", dpi=90)
+            plt.close(figure)
+            image = base64.b64encode((stage.dir / f"figures/{name}.png").read_bytes()).decode()
+            body = f"<img alt=\"{escape(title)}, ours\" src=\"data:image/png;base64,{image}\">"
+        elif name not in ("table_1", "samples"):
+            body, table = html_table(table), []
+        sections.append(section(name, title, saw, body, commands(runs[0], made), table))
+    entries = ledger(collected)
+    audit.write_text(stage.dir / "ledger.json", json.dumps({"claims": entries, "runs": what_was_run(runs)}, indent=1) + "\n")
+    count = {v: sum(e["verdict"] == v for e in entries) for v in ("holds", "fails", "open", "not measured")}
+    few = "" if len(runs) >= MIN_SEEDS else f" {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open."
+    head = f"<p>{', '.join(f'{n} {v}' for v, n in count.items() if n)} of {len(entries)} claims.{few} The criteria were " \
+           "written before the experiments; the intervals are bootstraps over seeds and, in a seed, over pairs or prompts; " \
+           "with so few seeds they show the order of the spread, not more.</p>"
+    body = f"<h2>What was run</h2>{html_table(what_was_run(runs))}<h2>The ledger</h2>{head}{ledger_table(entries)}" + \
+        "".join(sections)
+    audit.write_text(stage.dir / "index.html", PAGE.replace("BODY", body))
+    for e in entries:
+        common.log(f"{e['id']:5} {e['verdict']:13}" + (f" {e['mean']:8.3f}  [{e['interval'][0]:.3f}, {e['interval'][1]:.3f}]"
+                                                       if "values" in e else "") + f"  {e['claim']}")
+    audit.finish_stage(stage, {"verdicts": count, "claims": {e["id"]: e["verdict"] for e in entries}})
+
+
+if __name__ == "__main__":
+    audit.run(main)
