@@ -5,6 +5,8 @@
 #   bash run_all.sh --preset paper --gpus 8          Llama-2-7B on HH-RLHF
 #   bash run_all.sh --preferences my.jsonl --model my/model --out out_mine
 #   bash run_all.sh --limit 4                        smoke run: at most 4 steps in every loop
+#   bash run_all.sh experiments [--seeds 3]          every experiment of the paper for each seed (experiments.py lists
+#                                                    them) and the page OUT/09_report/index.html
 #   bash run_all.sh test                             the test suite, in the same environment
 #   bash run_all.sh verify [--out DIR]               check every hash of a run, from its last stage back to the data
 #   bash run_all.sh replay [--out DIR] --stage NAME  run a recorded stage again elsewhere and compare, hash by hash
@@ -13,7 +15,8 @@
 #   --preset NAME      toy (default) or paper: the column of every stage's hyperparameter table
 #   --model NAME       base model, a local path or hub id (default: tiny in toy, meta-llama/Llama-2-7b-hf in paper)
 #   --preferences S…   preference data: toy, toy:summary, files or hub ids   --sft S…   --prompts S…   (see 00_data.py)
-#   --rounds R         MetaRM rounds (default: 3 in toy, 4 in paper, 1 with --limit)
+#   --rounds R         MetaRM rounds (default: 3 in toy, 4 in paper, 1 with --limit; experiments: 5, 2 with --limit)
+#   --seeds N          experiments: seeds 0 to N-1, seed s in OUT/seed_s (default: 3)
 #   --seed N           random seed (default: 0)
 #   --limit N          at most N optimiser or roll-out steps in every loop, 64*N rows to train on, 16*N to evaluate
 #   --gpus N           processes on this machine (default: all GPUs, or one process on a CPU)
@@ -31,8 +34,8 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 # ---- flags
 given=$(printf ' %q' "$@")
-out=out preset= rounds= from= dry= restart= stage= launcher=() data=() mode=run
-case ${1:-} in test|verify|replay) mode=$1; shift ;; esac
+out=out preset= rounds= seeds=3 from= dry= restart= stage= launcher=() data=() mode=run
+case ${1:-} in test|verify|replay|experiments) mode=$1; shift ;; esac
 while [ $# -gt 0 ] && [ $mode != test ]; do
   flag=$1; shift
   case $flag in
@@ -40,7 +43,9 @@ while [ $# -gt 0 ] && [ $mode != test ]; do
     --dry_run) dry=1; continue ;;
     --restart) restart=--restart; continue ;;
     --stage) [ $mode = replay ] || fail "--stage goes with replay" ;;
-    --out|--preset|--model|--preferences|--sft|--prompts|--rounds|--seed|--limit|--gpus|--hostfile|--from) ;;
+    --seeds) [ $mode = experiments ] || fail "--seeds goes with experiments" ;;
+    --from|--seed) [ $mode != experiments ] || fail "$flag does not go with experiments (--seeds N)" ;;
+    --out|--preset|--model|--preferences|--sft|--prompts|--rounds|--limit|--gpus|--hostfile) ;;
     *) fail "unknown flag $flag (bash run_all.sh --help lists them)" ;;
   esac
   values=()
@@ -51,12 +56,13 @@ while [ $# -gt 0 ] && [ $mode != test ]; do
     *) [ ${#values[@]} -eq 1 ] || fail "$flag takes one value, got: ${values[*]}" ;;
   esac
   case $flag in
-    --rounds|--limit|--gpus|--seed) [[ ${values[0]} =~ ^[0-9]+$ ]] || fail "$flag takes a whole number, got: ${values[0]}" ;;
+    --rounds|--limit|--gpus|--seed|--seeds) [[ ${values[0]} =~ ^[0-9]+$ ]] || fail "$flag takes a whole number, got: ${values[0]}" ;;
   esac
   case $flag in
     --out) out=${values[0]} ;;
     --preset) preset=${values[0]}; data+=(--preset "$preset"); [[ $preset =~ ^(toy|paper)$ ]] || fail "--preset is toy or paper" ;;
     --rounds) rounds=${values[0]} ;;
+    --seeds) seeds=${values[0]} ;;
     --from) from=${values[0]} ;;
     --stage) stage=${values[0]} ;;
     --gpus) launcher+=(--num_gpus "${values[0]}") ;;
@@ -92,7 +98,16 @@ PY
 code=; [ "$PWD" = "$here" ] || code=$here/
 case $mode in
   test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
-  verify) exec python "${code}common.py" verify "$out" ;;
+  verify)
+    runs=("$out")
+    [ -f "$out/run.json" ] || { [ -f "$out/seed_0/run.json" ] && runs=("$out"/seed_* "$out"/summary_*); } || true
+    result=0
+    for run in "${runs[@]}"; do
+      [ ! -d "$run" ] && [ ${#runs[@]} -gt 1 ] && continue  # a pattern that found nothing
+      [ ${#runs[@]} -eq 1 ] || echo "== $run"
+      python "${code}common.py" verify "$run" || result=1
+    done
+    exit $result ;;
   replay) [ -n "$stage" ] || fail "replay needs --stage NAME"; exec python "${code}common.py" replay "$out" "$stage" ;;
 esac
 
@@ -123,13 +138,32 @@ PY
 }
 stopped() { echo "stopped; go on with: bash ${code}run_all.sh$given"; exit 75; }
 trap stop TERM INT
+# Run a command so that a signal reaches its stage; exits with 75 when it was stopped, else returns its exit code.
+launch() {
+  local result=0
+  set -m  # a process group of its own: the terminal's Ctrl-C reaches the stage through `stop` only
+  "$@" 9>&- & child=$!
+  set +m
+  wait $child || result=$?
+  while kill -0 $child 2>/dev/null; do wait $child || result=$?; done  # a trap ends `wait` early
+  if [ -n "$stopping" ] || [ $result -eq 75 ]; then stopped; fi
+  return $result
+}
+if [ $mode = experiments ]; then
+  flags=(--out "$out" --seeds "$seeds" ${rounds:+--rounds "$rounds"} ${data[@]+"${data[@]}"})
+  if [ -n "$dry" ]; then exec python "${code}experiments.py" --dry_run "${flags[@]}"; fi
+  launch deepspeed "${launcher[@]}" "${code}experiments.py" "${flags[@]}" || fail "an experiment failed; the same command goes on"
+  launch python "${code}09_report.py" --out "$out" || fail "the report failed; run it again with: python ${code}09_report.py --out $out"
+  echo "the page is $out/09_report/index.html"
+  exit 0
+fi
 # stage ID, purpose, minutes expected (toy preset on two idle cores), script and flags
 stage() {
   local id=$1 purpose=$2 expected=$3 dir=$1; shift 3
   case $id in 02_*|04_*|05_*) dir=$id/figures ;; esac        # their last output: all models of the launch are done
   if [ -n "$from" ] && [[ $id == "$from"* ]]; then again=1; fi
   local command=(deepspeed "${launcher[@]}" "$code$1" "${@:2}" --out "$out")
-  [ "$id" != 00_data ] || command=(python "$code$1" "${@:2}" --out "$out")
+  [[ $id != 00_data && $id != 09_report ]] || command=(python "$code$1" "${@:2}" --out "$out")
   if [ -n "$dry" ]; then
     echo "${command[*]}"; python "$code$1" "${@:2}" --out "$out" ${preset:+--preset "$preset"} --dry_run; return
   fi
@@ -144,14 +178,8 @@ stage() {
   echo "   minutes expected: $expected"
   mkdir -p "$out"; printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
   again=1  # what comes after is made from other inputs now
-  local start=$SECONDS result=0
-  set -m  # a process group of its own: the terminal's Ctrl-C reaches the stage through `stop` only
-  "${command[@]}" $restart 9>&- & child=$!
-  set +m
-  wait $child || result=$?
-  while kill -0 $child 2>/dev/null; do wait $child || result=$?; done  # a trap ends `wait` early
-  if [ -n "$stopping" ] || [ $result -eq 75 ]; then stopped; fi
-  [ $result -eq 0 ] || fail "$id failed; run it again with: ${command[*]}"
+  local start=$SECONDS
+  launch "${command[@]}" $restart || fail "$id failed; run it again with: ${command[*]}"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 }
 
@@ -159,7 +187,7 @@ stage() {
 begin=$SECONDS
 # every stage of the longest run; --from takes any beginning of one
 known="00_data 01_sft 02_rm_ensemble 03_strength 04_rm_denoise 05_rm_contrastive $(
-  echo {06_ppo,07_metarm}/round_{0..99}) 08_evaluate"
+  echo {06_ppo,07_metarm}/round_{0..99}) 08_evaluate 09_report"
 [ -z "$from" ] || [[ " $known" == *" $from"* ]] || fail "--from $from is no stage (00_data, 04, 07_metarm/round_2, ...)"
 changed=
 if [ -z "$dry" ]; then
@@ -197,7 +225,8 @@ for ((r = 1; r <= rounds; r++)); do
   stage 06_ppo/round_$r "PPO under MetaRM of round $r" 0.5 06_ppo.py --round $r
 done
 stage 08_evaluate "win / tie / lose of every policy (Tables 2 and 3)" 0.3 08_evaluate.py
+stage 09_report "the figures and tables on one page" 0.4 09_report.py
 [ -n "$dry" ] && exit 0
 [ -z "$from" ] || [ -n "$again" ] || fail "--from $from matched no stage of this run"
 echo; cat "$out/08_evaluate/tables.md"
-echo "everything is in $out/ (commands in $out/commands.log); $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"
+echo "everything is in $out/ (page: $out/09_report/index.html, commands: $out/commands.log); $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"
