@@ -17,6 +17,7 @@ the criterion, **fails** when it lies outside, and is **open** when it crosses i
 import base64
 import html
 import json
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ import common
 import figures
 
 MIN_SEEDS, REPLICATES = 3, 1000
+VERDICTS = ("holds", "fails", "open", "not measured")
+TEXTS = ("table_1", "samples")
 METHODS = [name for name in figures.WHOLE if name != "baseline"]
 
 
@@ -433,13 +436,18 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
   max-width: 64rem; padding: 1rem; overflow-wrap: break-word; }
 h1 { line-height: 1.2; } h2 { margin: 2.5rem 0 .3rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.2rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; width: 100%; }
+.wide { overflow-x: auto; } .wide table { min-width: 40rem; } table { border-collapse: collapse; font-size: .88rem; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); } td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .v { font-weight: 600; padding: .05rem .5rem; border-radius: 1rem; white-space: nowrap; color: #fff; }
 .holds { background: #0072b2; } .fails { background: #b34700; } .open, .not { background: #666; }
 .mute, summary { color: var(--mute); } code, pre { font-size: .85rem; background: var(--soft); }
 pre { padding: .5rem; white-space: pre-wrap; } details { margin: .4rem 0; } summary { cursor: pointer; }
+@media (max-width: 45rem) { .wide .ledger { min-width: 0; } .ledger th { display: none; }
+  .ledger tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  .ledger td { display: block; border: 0; padding: .1rem 0; }
+  .ledger td.n:nth-child(4)::before { content: "mean, 95 %: "; } .ledger td.n:nth-child(5)::before { content: "seeds: "; }
+  .ledger td br { display: none; } .ledger td span { margin-left: .4rem; } }
 @media print { body { max-width: none; font-size: 11px; } h2, img, tr { break-inside: avoid; } h2 { break-after: avoid; }
   details::details-content { content-visibility: visible; } summary { display: none; } }
 </style></head><body>
@@ -453,9 +461,9 @@ def escape(value):
     return html.escape(str(value))
 
 
-def html_table(rows, cells=escape):
+def html_table(rows):
     """Rows, the first the head → a table that scrolls inside the page when it is wide."""
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{cells(c)}</{tag}>" for c in row) + "</tr>"  # noqa: E731
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in row) + "</tr>"  # noqa: E731
     return f"<div class=wide><table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table></div>"
 
 
@@ -488,7 +496,7 @@ def ledger_table(entries):
         rows.append(f"<tr id={e['id']}><td>{e['id']}<br><span class=mute>{escape(e['where'])}</span></td>"
                     f"<td>{escape(e['claim'])}{paper}</td><td>{kind}</td>{result}"
                     f"<td>{escape(e['quantity'])}<br><b>{escape(bounds(e['criterion']))}</b></td></tr>")
-    return "<div class=wide><table><tr><th>claim, section</th><th></th><th>verdict</th><th>mean, 95 %</th><th>each seed</th>" \
+    return "<div class=wide><table class=ledger><tr><th>claim, section</th><th></th><th>verdict</th><th>mean, 95 %</th><th>each seed</th>" \
            f"<th>what is measured; holds if</th></tr>{''.join(rows)}</table></div>"
 
 
@@ -530,63 +538,104 @@ def what_was_run(runs):
     return rows
 
 
-def section(name, title, saw, body, lines, table):
-    lines = "\n".join(lines)
-    return f"<section id={name}><h2>{escape(title)}</h2>" + (f"<p><b>Paper:</b> {escape(saw)}</p>" if saw else "") + body + \
-        (folded("commands", f"<pre>{escape(lines)}</pre>") if lines else "") + \
-        (folded("numbers", html_table(table)) if len(table) > 1 else "") + "</section>"
+def ours(entries, title):
+    """The ledger's lines on a figure or table, by its number."""
+    place = re.match(r"(?:Figure|Table|Equation) \d+", title)
+    number_ = re.compile(rf"\b{place[0].replace('Equation', 'Eq.')}\b") if place else None
+    lines = [f"<a href=#{e['id']}>{e['id']}</a> <span class='v {e['verdict'].split()[0]}'>{e['verdict']}</span> "
+             f"{escape(e['claim'])} {result(e)}" for e in entries if number_ and number_.search(e["where"])]
+    return "<p><b>Ours:</b></p><ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def result(entry):
+    """Value and interval in words."""
+    if "values" not in entry:
+        return ""
+    return f"<span class=mute>({escape(entry['quantity'])}: {number(entry['mean'])}, {number(entry['interval'][0])} to " \
+           f"{number(entry['interval'][1])})</span>"
+
+
+def section(name, entries, body, lines, table):
+    """A figure or table: its number, what the paper saw, ours, the commands and the numbers behind it."""
+    title, saw, *_ = figures.FIGURES[name]
+    open_table = table if title.startswith("Not in the paper") else []  # no claim says what it shows
+    return f"<section id={name}><h2>{escape(title)}</h2>" + (f"<p><b>Paper:</b> {escape(saw)}</p>" if saw else "") + \
+        ours(entries, title) + body + (html_table(open_table) if open_table else "") + \
+        (folded("commands", f"<pre>{escape(chr(10).join(lines))}</pre>") if lines else "") + \
+        (folded("numbers", html_table(table)) if len(table) > 1 and not open_table else "") + "</section>"
+
+
+def collect(runs, show_texts):
+    """({figure: [data of a run]}, {figure: why it is not there})."""
+    collected, absent = {}, {}
+    for name, (_, _, _, data, _) in common.progress(figures.FIGURES.items(), "reading"):
+        if name in TEXTS and not show_texts:
+            absent[name] = "dialogues of your own data are not shown (--texts shows them)"
+            continue
+        try:
+            collected[name] = [data(run) for run in runs]
+        except figures.Missing as missing:
+            absent[name] = f"not measured: {missing}"
+    return collected, absent
+
+
+def page(runs, entries, collected, absent, folder):
+    """index.html's text; draws the figures into `folder`."""
+    sections, plt = [], audit.pyplot()
+    for name, (title, _, made, _, draw) in common.progress(figures.FIGURES.items(), "drawing"):
+        if name in absent:
+            sections.append(section(name, entries, f"<p class=mute>{escape(absent[name])}</p>", [], []))
+            continue
+        figure, table = draw(collected[name])
+        if figure:
+            figure.savefig(folder / f"{name}.png", dpi=90)
+            plt.close(figure)
+            image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+            body = f"<img alt=\"{escape(title)}, ours\" src=\"data:image/png;base64,{image}\">"
+        elif name in TEXTS:
+            body = texts(name, collected[name][0])
+        else:
+            body, table = html_table(table), []
+        sections.append(section(name, entries, body, commands(runs[0], made), table))
+    count = [f"{n} {v}" for v in VERDICTS if (n := sum(e["verdict"] == v for e in entries))]
+    few = f" Only {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open." * (len(runs) < MIN_SEEDS)
+    intro = f"<p>Of {len(entries)} claims: {', '.join(count)}.{few} The criteria were written before the experiments were " \
+            "run. The intervals are bootstraps over seeds and, in a seed, over pairs or prompts: with so few seeds they " \
+            "show the order of the spread, not more.</p>"
+    return PAGE.replace("BODY", f"<h2>What was run</h2>{html_table(what_was_run(runs))}<h2 id=ledger>The ledger</h2>{intro}"
+                                f"{ledger_table(entries)}{''.join(sections)}")
+
+
+def find_runs(out):
+    """Runs of a directory: OUT/seed_0, seed_1, ... with their summary_S, or OUT itself."""
+    paths = sorted((p for p in out.glob("seed_*") if (p / "run.json").exists()), key=lambda p: int(p.name[5:])) or [out]
+    if not (paths[0] / "run.json").exists():
+        common.die(f"{out} holds no run: bash run_all.sh --out {out}, or bash run_all.sh experiments --out {out}")
+    summaries = [out / path.name.replace("seed_", "summary_") if path != out else None for path in paths]
+    return [SimpleNamespace(path=path, seed=i, summary=s if s and s.exists() else None)
+            for i, (path, s) in enumerate(zip(paths, summaries))]
 
 
 def main(argv=None):
     args = audit.parse_args(__doc__, {}, lambda flag: flag(
         "--texts", action="store_true", help="show dialogues of data other than the embedded world's"), argv, False)
     out = Path(args.out)
-    paths = sorted((p for p in out.glob("seed_*") if (p / "run.json").exists()), key=lambda p: int(p.name[5:])) or [out]
-    if not (paths[0] / "run.json").exists():
-        common.die(f"{out} holds no run: bash run_all.sh --out {out}, or bash run_all.sh experiments --out {out}")
-    runs = []
-    for i, path in enumerate(paths):
-        summary = out / path.name.replace("seed_", "summary_")
-        runs.append(SimpleNamespace(path=path, seed=i, summary=summary if path != out and summary.exists() else None))
-    stage = audit.start_stage(args, "09_report", [n for n in audit.finished(out) if n != "09_report"] if paths == [out] else [])
-    show_texts = args.texts or all(audit.read_json(p / "run.json").get("world") == "toy" for p in paths)
-    (stage.dir / "figures").mkdir()
-    sections, collected, plt = [], {}, audit.pyplot()
-    for name, (title, saw, made, data, draw) in common.progress(figures.FIGURES.items(), "figures"):
-        if name in ("table_1", "samples") and not show_texts:
-            sections.append(section(name, title, saw, "<p class=mute>Not shown for your own data (--texts).</p>", [], []))
-            continue
-        try:
-            seeds = [data(run) for run in runs]
-        except figures.Missing as missing:
-            sections.append(section(name, title, saw, f"<p class=mute>Not measured: {escape(missing)}.</p>", [], []))
-            continue
-        collected[name] = seeds
-        figure, table = draw(seeds)
-        body = texts(name, seeds[0]) if name in ("table_1", "samples") else ""
-        audit.write_text(stage.dir / f"figures/{name}.json", json.dumps(dict(zip((p.name for p in paths), seeds))) + "\n")
-        if figure:
-            figure.savefig(stage.dir / f"figures/{name}.png", dpi=90)
-            plt.close(figure)
-            image = base64.b64encode((stage.dir / f"figures/{name}.png").read_bytes()).decode()
-            body = f"<img alt=\"{escape(title)}, ours\" src=\"data:image/png;base64,{image}\">"
-        elif name not in ("table_1", "samples"):
-            body, table = html_table(table), []
-        sections.append(section(name, title, saw, body, commands(runs[0], made), table))
+    runs = find_runs(out)
+    single = runs[0].path == out
+    stage = audit.start_stage(args, "09_report", [n for n in audit.finished(out) if n != "09_report"] if single else [])
+    collected, absent = collect(runs, args.texts or all(
+        audit.read_json(run.path / "run.json").get("world") == "toy" for run in runs))
+    folder = stage.dir / "figures"
+    folder.mkdir()
+    for name, seeds in collected.items():
+        audit.write_text(folder / f"{name}.json", json.dumps(dict(zip((r.path.name for r in runs), seeds))) + "\n")
     entries = ledger(collected)
     audit.write_text(stage.dir / "ledger.json", json.dumps({"claims": entries, "runs": what_was_run(runs)}, indent=1) + "\n")
-    count = {v: sum(e["verdict"] == v for e in entries) for v in ("holds", "fails", "open", "not measured")}
-    few = "" if len(runs) >= MIN_SEEDS else f" {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open."
-    head = f"<p>{', '.join(f'{n} {v}' for v, n in count.items() if n)} of {len(entries)} claims.{few} The criteria were " \
-           "written before the experiments; the intervals are bootstraps over seeds and, in a seed, over pairs or prompts; " \
-           "with so few seeds they show the order of the spread, not more.</p>"
-    body = f"<h2>What was run</h2>{html_table(what_was_run(runs))}<h2>The ledger</h2>{head}{ledger_table(entries)}" + \
-        "".join(sections)
-    audit.write_text(stage.dir / "index.html", PAGE.replace("BODY", body))
+    audit.write_text(stage.dir / "index.html", page(runs, entries, collected, absent, folder))
     for e in entries:
-        common.log(f"{e['id']:5} {e['verdict']:13}" + (f" {e['mean']:8.3f}  [{e['interval'][0]:.3f}, {e['interval'][1]:.3f}]"
+        common.log(f"{e['id']:5} {e['verdict']:13}" + (f"{e['mean']:8.3f}  [{e['interval'][0]:.3f}, {e['interval'][1]:.3f}]"
                                                        if "values" in e else "") + f"  {e['claim']}")
-    audit.finish_stage(stage, {"verdicts": count, "claims": {e["id"]: e["verdict"] for e in entries}})
+    audit.finish_stage(stage, {"verdicts": {v: sum(e["verdict"] == v for e in entries) for v in VERDICTS}})
 
 
 if __name__ == "__main__":

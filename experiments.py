@@ -17,6 +17,7 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import audit
 import common
@@ -86,7 +87,7 @@ def pairs_table(rounds):
         *((f"07_metarm/joint_{lam}", "MetaRM beside L - lambda J", 22,
            f"07_metarm --round 1 --joint {lam} --name joint_{lam}") for lam in STRENGTHS),
         ("06_ppo/joint", "MetaRM beside L - lambda J", 25, "06_ppo --rm joint_{eta} --start round_0 --name joint"),
-        ("08_evaluate", "Figures 10, 13, 15, Tables 2, 3, best-of-n", 90, "08_evaluate --best_of 64"),
+        ("08_evaluate", "Figures 10, 13, 15, Tables 2, 3, best-of-n", 90, "08_evaluate --best_of {n}"),
     ]
 
 
@@ -103,22 +104,29 @@ def summary_table(rounds):
     ]
 
 
+def flags_of(manifest):
+    """The recorded command's flags without those that change nothing."""
+    given = [w for w in shlex.split(manifest["command"])[1:] if not w.startswith(("--local_rank", "--debug"))]
+    if "--out" in given:
+        del given[given.index("--out"):given.index("--out") + 2]
+    return given
+
+
 def complete(out, name, flags):
     """The directory was made by these flags from the inputs that are here now; 08 also of every policy there is."""
     manifest = audit.read_manifest(Path(out), name)
-    if not manifest or audit.other_inputs(out, manifest):
+    if manifest and name == "00_data" and flags_of(manifest) != flags:
+        common.die(f"{out} was made with other flags ({shlex.join(flags_of(manifest))}): choose another --out")
+    if not manifest or flags_of(manifest) != flags or audit.other_inputs(out, manifest):
         return False
-    given = [w for w in shlex.split(manifest["command"])[1:] if not w.startswith("--local_rank")]
-    if "--out" in given:
-        del given[given.index("--out"):given.index("--out") + 2]
     read = {path.rsplit("/", 1)[0] for path in manifest["inputs"]}
     missed = [p for p in audit.finished(out) if p.startswith("06_ppo/") and p not in read] if name[:2] == "08" else []
-    return given == flags and not missed
+    return not missed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, epilog="all other flags go to 00_data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, epilog="all other flags go to 00_data.py", allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: common.die(f"{message} (experiments.py --help lists the flags)")
     flag = parser.add_argument
     flag("--out", default="out", help="directory of the runs (default: out)")
@@ -135,7 +143,8 @@ def main():
     preset = data[data.index("--preset") + 1] if "--preset" in data else "toy"
     toy = preset == "toy"
     words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250,
-             "eta": import_module("07_metarm").HPARAMS["eta"][toy]}
+             "eta": import_module("07_metarm").HPARAMS["eta"][toy],
+             "n": 4 if limited else 64}
     todo = []
     for seed in range(args.seeds):
         runs = [(f"seed_{seed}", pairs_table(rounds))]
@@ -150,21 +159,28 @@ def main():
         for out, name, purpose, seconds, stage, flags in todo:
             print(shlex.join([f"{stage}.py", *flags, "--out", out]), f"  # {name}: {purpose}")
         return
-    if common.world_size() == 1:  # the answer is the same on every rank only before the first stage runs
+    if common.rank() == 0:
         left = [row for row in todo if not complete(row[0], row[1], row[5])]
-        minutes = sum(row[3] for row in left) / 60
-        common.log(f"{len(todo) - len(left)} of {len(todo)} stages are complete; the others take about {minutes:.0f} "
-                   "minutes with the toy preset on two idle cores" if not limited else f"smoke run of {len(left)} stages")
-    for i, (out, name, purpose, _, stage, flags) in enumerate(todo, 1):
-        if audit.from_rank_0(lambda: complete(out, name, flags)):
-            continue
+        took = f"about {sum(row[3] for row in left) / 60:.0f} minutes on two idle cores" if toy and not limited else \
+            "a time that was not measured for these flags"
+        common.log(f"{len(todo) - len(left)} of {len(todo)} stages are complete, the others take {took}")
+
+    def run(i, out, name, purpose, _, stage, flags):
         sys.argv = [f"{stage}.py", *flags, "--out", out] + ["--debug"] * args.debug  # what the manifest records
         common.log(f"\n== {i} of {len(todo)}, {out}/{name} ({purpose}): {shlex.join(sys.argv)}")
         if common.rank() == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
             with open(Path(out) / "commands.log", "a") as log:
-                log.write(shlex.join(["deepspeed", *sys.argv]) + "\n")
+                log.write(shlex.join(["python" if stage == "00_data" else "deepspeed", *sys.argv]) + "\n")
         import_module(stage).main(sys.argv[1:])
+
+    for i, row in enumerate(todo, 1):  # data are made by one process, before the others join it
+        if row[4] == "00_data" and common.rank() == 0 and not complete(row[0], row[1], row[5]):
+            run(i, *row)
+    common.setup(SimpleNamespace(deterministic=False, seed=0, preset=preset, hparams={}))
+    for i, row in enumerate(todo, 1):
+        if row[4] != "00_data" and not audit.from_rank_0(lambda: complete(row[0], row[1], row[5])):  # noqa: B023
+            run(i, *row)
     common.log(f"all {len(todo)} stages are complete")
 
 

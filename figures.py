@@ -310,7 +310,7 @@ def mean_right(c, kind, at=None):
 
 
 def label(model):
-    return model.replace("_3_epochs", "").replace("_", " ")
+    return model.replace("_3_epochs", ", 3 epochs").replace("_", " ")
 
 
 def draw_01(seeds):
