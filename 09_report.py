@@ -2,7 +2,8 @@
 
 Reads OUT/seed_0, OUT/seed_1, ... as `experiments.py` makes them, or OUT itself when it is one run (a default run, or one
 on your own data: what was not measured there is left out). Writes OUT/09_report/index.html, one file that needs no
-network; ledger.json, the claims with their values, intervals and verdicts; figures/NAME.png and NAME.json, each figure
+network; ledger.json, the claims with their values, intervals and verdicts; tables.json, the rows of the page's tables;
+figures/NAME.png and NAME.json, each figure
 with its numbers down to single pairs and prompts, from which the ledger is computed.
 
 The claims, what is measured for each and the criterion stand in CLAIMS below. They were written before the experiments
@@ -580,13 +581,14 @@ def collect(runs, show_texts):
 
 
 def page(runs, entries, collected, absent, folder):
-    """index.html's text; draws the figures into `folder`."""
-    sections, plt = [], audit.pyplot()
+    """(index.html's text, {figure: rows of the table behind it}); draws the figures into `folder`."""
+    sections, tables, plt = [], {}, audit.pyplot()
     for name, (title, _, made, _, draw) in common.progress(figures.FIGURES.items(), "drawing"):
         if name in absent:
             sections.append(section(name, entries, f"<p class=mute>{escape(absent[name])}</p>", [], []))
             continue
         figure, table = draw(collected[name])
+        tables[name] = table
         if figure:
             figure.savefig(folder / f"{name}.png", dpi=90)
             plt.close(figure)
@@ -602,8 +604,9 @@ def page(runs, entries, collected, absent, folder):
     intro = f"<p>Of {len(entries)} claims: {', '.join(count)}.{few} The criteria were written before the experiments were " \
             "run. The intervals are bootstraps over seeds and, in a seed, over pairs or prompts: with so few seeds they " \
             "show the order of the spread, not more.</p>"
-    return PAGE.replace("BODY", f"<h2>What was run</h2>{html_table(what_was_run(runs))}<h2 id=ledger>The ledger</h2>{intro}"
-                                f"{ledger_table(entries)}{''.join(sections)}")
+    body = f"<h2>What was run</h2>{html_table(what_was_run(runs))}<h2 id=ledger>The ledger</h2>{intro}" \
+           f"{ledger_table(entries)}{''.join(sections)}"
+    return PAGE.replace("BODY", body), {name: table for name, table in tables.items() if table}
 
 
 def find_runs(out):
@@ -631,7 +634,9 @@ def main(argv=None):
         audit.write_text(folder / f"{name}.json", json.dumps(dict(zip((r.path.name for r in runs), seeds))) + "\n")
     entries = ledger(collected)
     audit.write_text(stage.dir / "ledger.json", json.dumps({"claims": entries, "runs": what_was_run(runs)}, indent=1) + "\n")
-    audit.write_text(stage.dir / "index.html", page(runs, entries, collected, absent, folder))
+    text, tables = page(runs, entries, collected, absent, folder)
+    audit.write_text(stage.dir / "index.html", text)
+    audit.write_text(stage.dir / "tables.json", json.dumps(tables, indent=1) + "\n")
     for e in entries:
         common.log(f"{e['id']:5} {e['verdict']:13}" + (f"{e['mean']:8.3f}  [{e['interval'][0]:.3f}, {e['interval'][1]:.3f}]"
                                                        if "values" in e else "") + f"  {e['claim']}")
