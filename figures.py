@@ -232,7 +232,7 @@ def best_of(rewards, values, n):
     return float(np.array(values)[order] @ weights)
 
 
-def data_equation_17(run, batches=8, size=8, largest=5_000_000):
+def data_equation_17(run, batches=6, size=4, largest=5_000_000):
     """Eq. 17 on the run's own model and data, in float64: how the change that the meta step makes to the gradient of
     L, grad L(theta') - grad L(theta), lies to grad (grad L . grad J), whole and with grad J held fixed. One entry a
     batch. Left out for large models: it takes second derivatives."""

@@ -1,14 +1,13 @@
 """README's map names real places, and its numbers are those of the recorded run and of the code.
 
-`python tests/test_readme.py [out eta_sweep]` writes the tables between README's markers anew, after recording the
-finished default run and the sweep (README, "MetaRM's eta") in results/toy/.
+`python tests/test_readme.py [out]` writes the tables between README's markers anew, after recording the finished
+experiments of `out` in results/toy/.
 """
 import ast
 import json
 import re
 import shutil
 import sys
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 
@@ -28,43 +27,42 @@ def hyperparameters():
     return "\n".join(lines)
 
 
-def headline():
-    """The recorded run's figures that answer the paper's first questions."""
-    m = json.loads((TOY / "metrics.json").read_text())
-    strength, denoise, evaluation = m["03_strength"], m["04_rm_denoise/figures"], m["08_evaluate"]["mean_score"]
-    tenth = {n: m[f"04_rm_denoise/{n}"]["accuracy_judge"] for n in ("weakest_tenth", "weakest_tenth_flipped")}
-    lines = [
-        f"- Share of training pairs with mean < 0: {strength['share_mean_below_zero']:.2f} (paper: about 0.25). "
-        f"Labels confirmed by the judge in the weakest, near-zero and strongest {strength['consistency_group_size']} "
-        f"validation pairs: {strength['consistency_weakest']:.2f}, {strength['consistency_near_zero']:.2f}, "
-        f"{strength['consistency_strongest']:.2f} (paper: 0.164, 0.544, 0.956).",
-        "- Accuracy on judge-labelled validation pairs: " + ", ".join(
-            f"{name} {values['accuracy_judge']:.3f}" for name, values in denoise.items()) +
-        f"; trained on the weakest tenth alone {tenth['weakest_tenth']:.2f}, on the same tenth flipped "
-        f"{tenth['weakest_tenth_flipped']:.2f}.",
-        "- Mean gold on the evaluation prompts, " + "; ".join(
-            f"{policy}: " + ", ".join(f"{name.removeprefix('eval_')} {value:.2f}" for name, value in scores.items()
-                                      if name.startswith("eval_")) for policy, scores in evaluation.items()) + ".",
-        "- MetaRM's J at theta beside the vanilla model's, held-back samples: " + ", ".join(
-            f"round {name[-1]} {v['J_theta']:.3f} / {v['J_vanilla']:.3f}" for name, v in m.items()
-            if name.startswith("07_metarm")) + ". It does not rise (see \"MetaRM's eta\").",
-        f"- It took {m['minutes']:.1f} minutes on {m['hardware']}."]
+def recorded(name):
+    return json.loads((TOY / f"{name}.json").read_text())
+
+
+def ledger():
+    """The verdict on each claim."""
+    report = import_module("09_report")
+    lines = ["| claim | | verdict | measured, 95 % interval | holds if |", "|---|---|---|---|---|"]
+    for e in recorded("ledger")["claims"]:
+        value = f"{report.number(e['mean'])} ({report.number(e['interval'][0])} to {report.number(e['interval'][1])})"
+        lines.append(f"| {e['id']} | {e['claim']} | **{e['verdict']}** | {e['quantity'].replace('|', chr(92) + '|')}: "
+                     f"{value} | {report.bounds(e['criterion'])} |")
     return "\n".join(lines)
 
 
-def tables():
-    return (TOY / "tables.md").read_text().strip()
+def runs():
+    """What made the record."""
+    ledger = recorded("ledger")
+    lines = [f"- {run[0]}: {run[4]} minutes of stages, {run[5]}; head `{run[6]}`" for run in ledger["runs"][1:]]
+    return "\n".join([f"Commit {recorded('metrics')['git_commit'][:7]}, commands in `results/toy/commands.txt`:", "", *lines])
+
+
+def markdown(rows):
+    return "\n".join(["| " + " | ".join(map(str, rows[0])) + " |", "|" + "---|" * len(rows[0]),
+                      *("| " + " | ".join(map(str, row)) + " |" for row in rows[1:])])
+
+
+def table_3():
+    return markdown(recorded("tables")["table_3"])
 
 
 def eta():
-    lines = ["| eta | J at theta | J at theta' | accuracy, judge | accuracy, original |", "|---:|---:|---:|---:|---:|"]
-    for row in json.loads((TOY / "eta_sweep.json").read_text()):
-        lines.append(f"| {row['eta']:g} | {row['J_theta']:.4f} | {row['J_theta_prime_last_step']:.4f} | "
-                     f"{row['accuracy_judge']:.3f} | {row['accuracy_original']:.3f} |")
-    return "\n".join(lines)
+    return markdown(recorded("tables")["joint"][:10])
 
 
-BLOCKS = {"tables": tables, "headline": headline, "hyperparameters": hyperparameters, "eta": eta}
+BLOCKS = {"ledger": ledger, "runs": runs, "table 3": table_3, "hyperparameters": hyperparameters, "eta": eta}
 
 
 def filled(text):
@@ -98,28 +96,28 @@ def test_commands_name_files_that_exist():
         assert (ROOT / file).exists(), file
 
 
-def record(out, eta_sweep):
-    """results/toy/ from a finished run and the sweep."""
+def record(out):
+    """results/toy/ from finished experiments and their report."""
     import audit
-    TOY.mkdir(parents=True, exist_ok=True)
-    manifests = {name: json.loads((out / name / "manifest.json").read_text()) for name in audit.finished(out)}
-    times = [[datetime.fromisoformat(m[k]) for m in manifests.values()] for k in ("start", "end")]
-    data = manifests["00_data"]
+    shutil.rmtree(TOY, ignore_errors=True)
+    TOY.mkdir(parents=True)
+    for name in ("ledger.json", "tables.json"):
+        shutil.copy(out / "09_report" / name, TOY)
+    for path in (out / "09_report/figures").glob("*.png"):
+        shutil.copy(path, TOY)
+    found = sorted(p.parent for p in out.glob("*/run.json"))
+    manifests = {run.name: {name: json.loads((run / name / "manifest.json").read_text()) for name in audit.finished(run)}
+                 for run in found}
+    commits = {m["git_commit"] for stages in manifests.values() for m in stages.values()}
+    assert len(commits) == 1, f"made by several commits: {commits}"
     (TOY / "metrics.json").write_text(json.dumps({
-        "head": audit.head(manifests), "minutes": round((max(times[1]) - min(times[0])).total_seconds() / 60, 1),
-        "hardware": manifests["01_sft"]["hardware"], "seed": data["seed"], "packages": data["packages"],
-        "git_commit": data["git_commit"], **{name: m["metrics"] for name, m in manifests.items()}}, indent=1) + "\n")
-    for source in ("08_evaluate/tables.md", "03_strength/figure_03.png"):
-        shutil.copy(out / source, TOY)
-    sweep = [json.loads(p.read_text()) for p in eta_sweep.glob("eta_*.json")]
-    keys = ("J_theta", "J_theta_prime_last_step", "J_theta_last_step", "J_vanilla", "accuracy_judge", "accuracy_original")
-    (TOY / "eta_sweep.json").write_text(json.dumps(sorted((
-        {"eta": m["hyperparameters"]["eta"], **{k: m["metrics"][k] for k in keys}} for m in sweep),
-        key=lambda row: row["eta"]), indent=1) + "\n")
+        "git_commit": commits.pop(), "packages": manifests["seed_0"]["00_data"]["packages"],
+        **{run: {name: m["metrics"] for name, m in stages.items()} for run, stages in manifests.items()}}, indent=1) + "\n")
+    (TOY / "commands.txt").write_text("".join((run / "commands.log").read_text() for run in found))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    if len(sys.argv) == 3:
-        record(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) == 2:
+        record(Path(sys.argv[1]))
     README.write_text(filled(README.read_text()))
