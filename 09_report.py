@@ -40,13 +40,13 @@ METHODS = [name for name in figures.WHOLE if name != "baseline"]
 # indices drawn with replacement for a bootstrap replicate.
 
 def accuracy(curve, i, at=-1, kind="judge"):
-    """Accuracy on the pairs i at one evaluation; without a judge, under the original labels."""
-    return curve["right"].get(kind, curve["right"]["original"])[at][i].mean()
+    """Accuracy on the pairs i at one evaluation."""
+    return curve["right"][kind][at][i].mean()
 
 
 def final(curves, pick, kind="judge"):
     """{model: its accuracy at the end of training}, all on the same drawn pairs."""
-    i = pick(next(iter(curves.values()))["right"].get(kind, next(iter(curves.values()))["right"]["original"]).shape[1])
+    i = pick(next(iter(curves.values()))["right"][kind].shape[1])
     return {name: accuracy(c, i, kind=kind) for name, c in curves.items()}
 
 
@@ -127,14 +127,19 @@ def late_change(curve, i, kind):
     return accuracy(curve, i, -1, kind) - accuracy(curve, i, figures.epoch_end(curve["step"], 1), kind)
 
 
-def less_overfitting(d, pick):
+def late_changes(d, pick):
+    """Late change on the judge's and the consistent set: (baseline's, mean of the denoising methods')."""
     change = {}
     for kind in ("judge", "consistent"):
-        right = d["figure_08"]["baseline_3_epochs"]["right"]
-        i = pick(right.get(kind, right["original"]).shape[1])
+        i = pick(d["figure_08"]["baseline_3_epochs"]["right"][kind].shape[1])
         for name in ("baseline", *figures.DENOISING):
             change.setdefault(name, []).append(late_change(d["figure_08"][f"{name}_3_epochs"], i, kind))
-    return np.mean([change[name] for name in figures.DENOISING]) - np.mean(change["baseline"])
+    return np.mean(change["baseline"]), np.mean([change[name] for name in figures.DENOISING])
+
+
+def less_overfitting(d, pick):
+    baseline, denoising = late_changes(d, pick)
+    return denoising - baseline
 
 
 def noisy_set_leaders(d, pick):
@@ -202,6 +207,8 @@ def first_rounds_rise(d, pick):
     rises = []
     for scores in tasks(d).values():
         i, last = pick(len(scores["sft"])), min(3, len(scores) - 2)
+        if last < 2:
+            return np.nan
         rises.append(wins(scores, f"round_{last}", "sft", i)[0] - wins(scores, "round_1", "sft", i)[0])
     return np.mean(rises)
 
@@ -219,31 +226,38 @@ def falls_after_best(d, pick):
     falls = []
     for scores in tasks(d).values():
         last, (choose, measure) = len(scores) - 2, halves(len(scores["sft"]), pick)
-        best = best_round(scores, choose, max(1, last - 1))
+        if last < 2:
+            return np.nan
+        best = best_round(scores, choose, last - 1)
         falls.append(wins(scores, best, "sft", measure)[0] - wins(scores, f"round_{last}", "sft", measure)[0])
     return np.mean(falls)
 
 
-def best_beats_vanilla(d, pick, kind="eval_"):
-    """Win minus lose of the best round against vanilla PPO, mean over tasks; the best round is that of the even
-    in-distribution prompts, a task's own."""
+def best_against_vanilla(d, pick):
+    """Win minus lose of each task's best round against vanilla PPO: [(in distribution, out of it or nan)]. The best round
+    is that of the even in-distribution prompts; it is measured on the odd ones and on all those out of distribution."""
     leads = []
     for name, scores in tasks(d).items():
         choose, measure = halves(len(scores["sft"]), pick)
         best = best_round(scores, choose, len(scores) - 2)
-        other = d["table_2"]["scores"].get(name.replace("eval_", kind))
-        if other is not None:
-            measure = measure if kind == "eval_" else pick(len(other["sft"]))
-            leads.append(lead(other, best, "round_0", measure))
-    return np.mean(leads)
+        other = d["table_2"]["scores"].get(name.replace("eval_", "ood_"))
+        leads.append((lead(scores, best, "round_0", measure),
+                      lead(other, best, "round_0", pick(len(other["sft"]))) if other else np.nan))
+    return np.array(leads)
+
+
+def best_beats_vanilla(d, pick):
+    return best_against_vanilla(d, pick)[:, 0].mean()
 
 
 def best_beats_vanilla_ood(d, pick):
-    return best_beats_vanilla(d, pick, "ood_")
+    leads = best_against_vanilla(d, pick)[:, 1]
+    return leads[~np.isnan(leads)].mean() if not np.isnan(leads).all() else np.nan
 
 
 def less_out_of_distribution(d, pick):
-    return best_beats_vanilla(d, pick) - best_beats_vanilla(d, pick, "ood_")
+    difference = best_against_vanilla(d, pick) @ [1, -1]                           # of the tasks that have both
+    return difference[~np.isnan(difference)].mean() if not np.isnan(difference).all() else np.nan
 
 
 def later_epochs(kind):
@@ -258,6 +272,18 @@ def inflation(d, pick):
     i = pick(len(first))
     rise = (last[i] - first[i]).mean(0)                                            # chosen, rejected
     return rise.mean() - (rise[0] - rise[1])
+
+
+def score_rise(d, pick):
+    first, last = d["figure_20"]["epoch_end"][0], d["figure_20"]["epoch_end"][-1]
+    i = pick(len(first))
+    return (last[i] - first[i]).mean()
+
+
+def gap_ratio(d, pick):
+    first, last = d["figure_20"]["epoch_end"][0], d["figure_20"]["epoch_end"][-1]
+    i = pick(len(first))
+    return (last[i] @ [1, -1]).mean() / (first[i] @ [1, -1]).mean()
 
 
 def weak_end_costs(d, pick):
@@ -318,6 +344,12 @@ CLAIMS = [
     ("C10", "2.5, Figure 8", "Denoising methods overfit less: their accuracy does not fall late, the baseline's does.", "",
      "change of accuracy from epoch 1 to 3, judge and consistent sets: mean of flip, flip+margin, soft+margin, minus "
      "baseline", (0, None), less_overfitting),
+    ("C10b", "2.5, Figure 8", "The baseline's accuracy falls late in training.", "",
+     "the baseline's own change of accuracy from epoch 1 to 3, judge and consistent sets", (None, 0),
+     lambda d, pick: late_changes(d, pick)[0]),
+    ("C10c", "2.5, Figure 8", "That of the denoising methods does not.", "",
+     "their own change, mean of the three (a fall is more than 0.02)", (-0.02, None),
+     lambda d, pick: late_changes(d, pick)[1]),
     ("C11", "2.5, Figure 8", "Baseline and margin lead on the original, noisy validation set.", "",
      "accuracy after three epochs, mean of baseline and margin minus mean of the three denoising methods", (0, None),
      noisy_set_leaders),
@@ -356,6 +388,10 @@ CLAIMS = [
      later_epochs("original")),
     ("C24", "A, Figure 20", "Scores inflate from epoch to epoch without a wider gap.", "",
      "rise of the mean score from epoch 1 to 3 minus that of the chosen-rejected gap, baseline", (0, None), inflation),
+    ("C24b", "A, Figure 20", "Scores rise from epoch to epoch.", "",
+     "mean score at the end of epoch 3 minus epoch 1, baseline", (0, None), score_rise),
+    ("C24c", "A, Figure 20", "The gap between chosen and rejected hardly grows meanwhile.", "",
+     "gap at the end of epoch 3 / at the end of epoch 1, baseline (hardly: by less than a fifth)", (None, 1.2), gap_ratio),
     ("C25a", "C, Figure 21", "Growing from the weakest end, much good data is needed to make up for it.", "",
      "accuracy from the strongest fifth alone minus from the weakest three fifths, equal steps", (0, None),
      weak_end_costs),
@@ -373,6 +409,18 @@ CLAIMS = [
     ("C28b", "3.2, Eq. 17", "It does if grad J is held fixed, as Eq. 15's Jacobian is.", "",
      "the same with grad J held fixed", (0.9, None), equation_17("fixed")),
 ]
+
+
+# What was found about a claim's criterion after it was written; the criterion stays as it is.
+NOTES = {
+    "C1": "the value depends on the world's share of wrong labels, about 0.32 here",
+    "C10": "the difference alone can hold without any fall (2026-11-24, in review): see C10b and C10c, added then, when two "
+           "seeds had been seen",
+    "C12": "one curve a seed: the interval is over seeds only and too narrow with few",
+    "C16": "one curve a seed: the interval is over seeds only and too narrow with few",
+    "C24": "ill-posed: it holds also when scores fall and the gap falls more, or when both rise (2026-11-24, in review): see "
+           "C24b and C24c, added then, when two seeds had been seen",
+}
 
 
 def verdict(low, high, criterion, seeds):
@@ -402,25 +450,29 @@ def as_arrays(data):
 
 
 def ledger(collected):
-    """CLAIMS with their value for each seed, mean, interval and verdict. collected: {figure: [data of a seed]}."""
-    arrays = {name: [as_arrays(data) for data in seeds] for name, seeds in collected.items() if seeds}
-    count = max(map(len, arrays.values()))
-    seeds = [{name: data[s] for name, data in arrays.items()} for s in range(count)]
+    """CLAIMS with their value for each seed that has what they are measured on, mean, interval and verdict.
+    collected: {figure: {run: data}}."""
+    runs = {}
+    for name, data in collected.items():
+        for run, values in data.items():
+            runs.setdefault(run, {})[name] = as_arrays(values)
     out = []
     for k, (claim, where, text, paper, quantity, criterion, measure) in enumerate(common.progress(CLAIMS, "claims")):
         entry = {"id": claim, "where": where, "claim": text, "paper": paper, "quantity": quantity, "criterion": criterion,
-                 "seeds": count}
-        try:
-            values = [float(measure(d, np.arange)) for d in seeds]
-        except KeyError as missing:  # the figure, model or evaluation set that this run has not made
-            out.append({**entry, "verdict": "not measured", "reason": f"this run has no {missing.args[0]}"})
+                 "note": NOTES.get(claim, "")}
+        values, lacks = {}, "run"
+        for run, d in runs.items():
+            try:
+                values[run] = float(measure(d, np.arange))
+            except KeyError as missing:  # the figure, model, evaluation set or kind of label that it has not
+                lacks = missing.args[0]
+        if not values or not np.isfinite(list(values.values())).all():
+            reason = "too few steps, rounds or sets" if values else f"this run has no {lacks}"
+            out.append({**entry, "verdict": "not measured", "reason": reason})
             continue
-        if not np.isfinite(values).all():
-            out.append({**entry, "verdict": "not measured", "reason": "too few steps or pairs"})
-            continue
-        low, high = interval(measure, seeds, np.random.default_rng(k))
-        out.append({**entry, "values": values, "mean": float(np.mean(values)), "interval": [low, high],
-                    "verdict": verdict(low, high, criterion, count)})
+        low, high = interval(measure, [runs[run] for run in values], np.random.default_rng(k))
+        out.append({**entry, "values": values, "mean": float(np.mean(list(values.values()))), "interval": [low, high],
+                    "verdict": verdict(low, high, criterion, len(values))})
     return out
 
 
@@ -488,14 +540,15 @@ def ledger_table(entries):
     for e in entries:
         kind = f"<span class='v {e['verdict'].split()[0]}'>{e['verdict']}</span>"
         if "values" in e:
-            seeds = ", ".join(map(number, e["values"]))
+            seeds = ", ".join(map(number, e["values"].values()))
             result = f"<td class=n>{number(e['mean'])}<br><span class=mute>{number(e['interval'][0])} to " \
                      f"{number(e['interval'][1])}</span></td><td class=n>{seeds}</td>"
         else:
             result = f"<td colspan=2 class=mute>{escape(e['reason'])}</td>"
-        paper = f"<br><span class=mute>paper: {escape(e['paper'])}</span>" if e["paper"] else ""
+        more = f"<br><span class=mute>paper: {escape(e['paper'])}</span>" if e["paper"] else ""
+        more += f"<br><i>{escape(e['note'])}</i>" if e["note"] else ""
         rows.append(f"<tr id={e['id']}><td>{e['id']}<br><span class=mute>{escape(e['where'])}</span></td>"
-                    f"<td>{escape(e['claim'])}{paper}</td><td>{kind}</td>{result}"
+                    f"<td>{escape(e['claim'])}{more}</td><td>{kind}</td>{result}"
                     f"<td>{escape(e['quantity'])}<br><b>{escape(bounds(e['criterion']))}</b></td></tr>")
     return "<div class=wide><table class=ledger><tr><th>claim, section</th><th></th><th>verdict</th><th>mean, 95 %</th><th>each seed</th>" \
            f"<th>what is measured; holds if</th></tr>{''.join(rows)}</table></div>"
@@ -531,7 +584,7 @@ def what_was_run(runs):
     for path in [p for run in runs for p in (run.path, run.summary) if p]:
         manifests = {name: audit.read_json(path / name / "manifest.json") for name in audit.finished(path)
                      if name != "09_report"}
-        info, last = audit.read_json(path / "run.json"), next(iter(manifests.values()))
+        info, last = audit.read_json(path / "run.json"), manifests.get("01_sft", {"hardware": "", "world_size": "0"})
         rows.append([path.name, info["preset"] + (f", limit {info['limit']}" if info.get("limit") else ""),
                      ", ".join(map(str, info["preferences"])), info["model"],
                      f"{sum(m['seconds'] for m in manifests.values()) / 60:.1f}",
@@ -567,27 +620,29 @@ def section(name, entries, body, lines, table):
 
 
 def collect(runs, show_texts):
-    """({figure: [data of a run]}, {figure: why it is not there})."""
+    """({figure: {run: data}}, {figure: why it is not there}); a run that lacks a figure is left out of it."""
     collected, absent = {}, {}
     for name, (_, _, _, data, _) in common.progress(figures.FIGURES.items(), "reading"):
         if name in TEXTS and not show_texts:
             absent[name] = "dialogues of your own data are not shown (--texts shows them)"
             continue
-        try:
-            collected[name] = [data(run) for run in runs]
-        except figures.Missing as missing:
-            absent[name] = f"not measured: {missing}"
-    return collected, absent
+        for run in runs:
+            try:
+                collected.setdefault(name, {})[run.path.name] = data(run)
+            except figures.Missing as missing:
+                absent[name] = f"not measured: {missing}"
+    return {name: data for name, data in collected.items() if data}, absent
 
 
 def page(runs, entries, collected, absent, folder):
     """(index.html's text, {figure: rows of the table behind it}); draws the figures into `folder`."""
     sections, tables, plt = [], {}, audit.pyplot()
     for name, (title, _, made, _, draw) in common.progress(figures.FIGURES.items(), "drawing"):
-        if name in absent:
+        if name not in collected:
             sections.append(section(name, entries, f"<p class=mute>{escape(absent[name])}</p>", [], []))
             continue
-        figure, table = draw(collected[name])
+        seeds = list(collected[name].values())
+        figure, table = draw(seeds)
         tables[name] = table
         if figure:
             figure.savefig(folder / f"{name}.png", dpi=90)
@@ -595,15 +650,15 @@ def page(runs, entries, collected, absent, folder):
             image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
             body = f"<img alt=\"{escape(title)}, ours\" src=\"data:image/png;base64,{image}\">"
         elif name in TEXTS:
-            body = texts(name, collected[name][0])
+            body = texts(name, seeds[0])
         else:
             body, table = html_table(table), []
         sections.append(section(name, entries, body, commands(runs[0], made), table))
     count = [f"{n} {v}" for v in VERDICTS if (n := sum(e["verdict"] == v for e in entries))]
     few = f" Only {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open." * (len(runs) < MIN_SEEDS)
     intro = f"<p>Of {len(entries)} claims: {', '.join(count)}.{few} The criteria were written before the experiments were " \
-            "run. The intervals are bootstraps over seeds and, in a seed, over pairs or prompts: with so few seeds they " \
-            "show the order of the spread, not more.</p>"
+            "run, but for those whose note says otherwise. The intervals are bootstraps over seeds and, in a seed, over " \
+            "pairs or prompts: with so few seeds they show the order of the spread, not more.</p>"
     body = f"<h2>What was run</h2>{html_table(what_was_run(runs))}<h2 id=ledger>The ledger</h2>{intro}" \
            f"{ledger_table(entries)}{''.join(sections)}"
     return PAGE.replace("BODY", body), {name: table for name, table in tables.items() if table}
@@ -611,27 +666,38 @@ def page(runs, entries, collected, absent, folder):
 
 def find_runs(out):
     """Runs of a directory: OUT/seed_0, seed_1, ... with their summary_S, or OUT itself."""
-    paths = sorted((p for p in out.glob("seed_*") if (p / "run.json").exists()), key=lambda p: int(p.name[5:])) or [out]
-    if not (paths[0] / "run.json").exists():
+    seeds = sorted(int(p.parent.name[5:]) for p in out.glob("seed_*/run.json") if p.parent.name[5:].isdigit())
+    if (out / "run.json").exists():
+        return [SimpleNamespace(path=out, seed=audit.read_json(out / "run.json")["seed"], summary=None)]
+    if not seeds:
         common.die(f"{out} holds no run: bash run_all.sh --out {out}, or bash run_all.sh experiments --out {out}")
-    summaries = [out / path.name.replace("seed_", "summary_") if path != out else None for path in paths]
-    return [SimpleNamespace(path=path, seed=i, summary=s if s and s.exists() else None)
-            for i, (path, s) in enumerate(zip(paths, summaries))]
+    done = {s: (out / f"summary_{s}/08_evaluate/manifest.json").exists() for s in seeds}
+    return [SimpleNamespace(path=out / f"seed_{s}", seed=s, summary=out / f"summary_{s}" if done[s] else None)
+            for s in seeds]
+
+
+def own_texts(path):
+    """Whether a run has dialogues other than the embedded world's."""
+    info = audit.read_json(path / "run.json")
+    return info.get("world") != "toy" or any(info.get(k) for k in ("sft", "prompts", "ood_prompts"))
 
 
 def main(argv=None):
     args = audit.parse_args(__doc__, {}, lambda flag: flag(
         "--texts", action="store_true", help="show dialogues of data other than the embedded world's"), argv, False)
+    if common.rank() > 0:  # one process does it
+        return
     out = Path(args.out)
     runs = find_runs(out)
+    for name in ("preset", "seed", "limit"):
+        setattr(args, name, audit.read_json(runs[0].path / "run.json").get(name))
     single = runs[0].path == out
     stage = audit.start_stage(args, "09_report", [n for n in audit.finished(out) if n != "09_report"] if single else [])
-    collected, absent = collect(runs, args.texts or all(
-        audit.read_json(run.path / "run.json").get("world") == "toy" for run in runs))
+    collected, absent = collect(runs, args.texts or not any(own_texts(run.path) for run in runs))
     folder = stage.dir / "figures"
     folder.mkdir()
-    for name, seeds in collected.items():
-        audit.write_text(folder / f"{name}.json", json.dumps(dict(zip((r.path.name for r in runs), seeds))) + "\n")
+    for name, data in collected.items():
+        audit.write_text(folder / f"{name}.json", json.dumps(data) + "\n")
     entries = ledger(collected)
     audit.write_text(stage.dir / "ledger.json", json.dumps({"claims": entries, "runs": what_was_run(runs)}, indent=1) + "\n")
     text, tables = page(runs, entries, collected, absent, folder)

@@ -22,8 +22,8 @@ from types import SimpleNamespace
 import audit
 import common
 
-WHOLE = ("baseline", "flip", "margin", "flip_margin", "soft_margin")
-CONTRASTIVE = ("simcse", "simcse_diff", "swav", "swav_diff")
+WHOLE = [name for name, (*_, part) in import_module("04_rm_denoise").METHODS.items() if part == (0, 100)]
+CONTRASTIVE = list(import_module("05_rm_contrastive").METHODS)
 STRENGTHS = (0.01, 0.1, 1, 10)  # of eta, and of lambda in L - lambda J
 
 
@@ -77,16 +77,17 @@ def pairs_table(rounds):
         # ---- PPO without KL penalty under each reward model
         *((f"06_ppo/{name}", "Figures 9, 10" if name in WHOLE else "Figures 12, 13", 25,
            f"06_ppo --rm {name} --kl_beta 0") for name in WHOLE + CONTRASTIVE),
-        # ---- two studies that the paper does not have
+        # ---- two studies that the paper does not have; a seed of their own, or they would see round 0's prompts again
         *((f"06_ppo/more_{r}", "more PPO, same reward model", 25,
-           f"06_ppo --rm baseline --start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r}")
+           f"06_ppo --rm baseline --start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r} --seed 9{{seed}}{r}")
           for r in range(1, min(3, rounds) + 1)),
         # matched strength, lambda = eta: both are the factor of the same gradient of J
         *((f"07_metarm/eta_{eta}", "MetaRM beside L - lambda J", 25,
            f"07_metarm --round 1 --eta {eta} --name eta_{eta}") for eta in STRENGTHS),
         *((f"07_metarm/joint_{lam}", "MetaRM beside L - lambda J", 22,
            f"07_metarm --round 1 --joint {lam} --name joint_{lam}") for lam in STRENGTHS),
-        ("06_ppo/joint", "MetaRM beside L - lambda J", 25, "06_ppo --rm joint_{eta} --start round_0 --name joint"),
+        ("06_ppo/joint", "MetaRM beside L - lambda J", 25, "06_ppo --rm joint_{eta} --start round_0 --name joint "
+         "--seed 9{seed}1"),
         ("08_evaluate", "Figures 10, 13, 15, Tables 2, 3, best-of-n", 90, "08_evaluate --best_of {n}"),
     ]
 
@@ -125,34 +126,42 @@ def complete(out, name, flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, epilog="all other flags go to 00_data.py", allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, epilog="other flags go to 00_data.py", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: common.die(f"{message} (experiments.py --help lists the flags)")
     flag = parser.add_argument
     flag("--out", default="out", help="directory of the runs (default: out)")
     flag("--seeds", type=int, default=3, help="seeds 0 to N-1 (default: 3)")
     flag("--rounds", type=int, help="MetaRM rounds (default: 5; 2 with --limit)")
+    flag("--preset", choices=audit.CHOICES["preset"], default="toy", help="as for 00_data.py (default: toy)")
+    flag("--limit", type=int, help="as for 00_data.py: a smoke run")
+    flag("--preferences", nargs="+", metavar="SOURCE", help="as for 00_data.py (default: the embedded world)")
     flag("--dry_run", action="store_true", help="print the commands and run nothing")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     args, data = parser.parse_known_args()
     if args.seeds < 1 or "--seed" in data:
         common.die("--seeds N runs seeds 0 to N-1")
-    limited, own_data = "--limit" in data, "--preferences" in data
+    if args.rounds is not None and args.rounds < 1:
+        common.die("--rounds must be 1 or more: MetaRM beside the joint objective needs one")
+    if (Path(args.out) / "run.json").exists():
+        common.die(f"{args.out} holds a single run: give the experiments another --out")
+    limited, toy = bool(args.limit), args.preset == "toy"
     rounds = args.rounds or (2 if limited else 5)
-    preset = data[data.index("--preset") + 1] if "--preset" in data else "toy"
-    toy = preset == "toy"
+    for name in ("preset", "limit", "preferences"):
+        given = getattr(args, name)
+        data += [f"--{name}", *(given if name == "preferences" else [str(given)])] if given and given != "toy" else []
     words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250,
              "eta": import_module("07_metarm").HPARAMS["eta"][toy],
              "n": 4 if limited else 64}
     todo = []
     for seed in range(args.seeds):
         runs = [(f"seed_{seed}", pairs_table(rounds))]
-        if toy and not own_data:
+        if toy and not args.preferences:
             runs.append((f"summary_{seed}", summary_table(rounds)))
         for run, table in runs:
             for name, purpose, seconds, command in table:
-                stage, *flags = command.format(**words).split()
+                stage, *flags = command.format(**words, seed=seed).split()
                 flags += [*data, "--seed", str(seed)] if stage == "00_data" else []
                 todo.append((str(Path(args.out) / run), name, purpose, seconds, stage, flags))
     if args.dry_run:
@@ -177,7 +186,7 @@ def main():
     for i, row in enumerate(todo, 1):  # data are made by one process, before the others join it
         if row[4] == "00_data" and common.rank() == 0 and not complete(row[0], row[1], row[5]):
             run(i, *row)
-    common.setup(SimpleNamespace(deterministic=False, seed=0, preset=preset, hparams={}))
+    common.setup(SimpleNamespace(deterministic=False, seed=0, preset=args.preset, hparams={}))
     for i, row in enumerate(todo, 1):
         if row[4] != "00_data" and not audit.from_rank_0(lambda: complete(row[0], row[1], row[5])):  # noqa: B023
             run(i, *row)

@@ -16,7 +16,9 @@ import torch
 import audit
 import common
 
-denoise, contrastive, metarm = (import_module(n) for n in ("04_rm_denoise", "05_rm_contrastive", "07_metarm"))
+denoise = import_module("04_rm_denoise")
+contrastive = import_module("05_rm_contrastive")
+metarm = import_module("07_metarm")
 WHOLE = [name for name, (*_, part) in denoise.METHODS.items() if part == (0, 100)]
 DENOISING = [name for name in WHOLE if name not in ("baseline", "margin")]
 SETS = ("original", "judge", "consistent")
@@ -86,8 +88,10 @@ def judged(run, policies, kinds=("eval_", "ood_")):
     merged = answers(run.path) | (answers(run.summary) if run.summary else {})
     out = {name: {p: scores[p] for p in policies if p in scores} for name, scores in merged.items()
            if name.startswith(kinds)}
-    if not any(len(scores) > 1 for scores in out.values()):
-        raise Missing(f"{run.path}/08_evaluate has none of the policies {', '.join(policies)}")
+    out = {name: scores for name, scores in out.items() if any(p not in ("sft", "round_0") for p in scores)}
+    if not out:
+        raise Missing(f"{run.path}/08_evaluate has no {' or '.join(k + '*' for k in kinds)} set with one of "
+                      f"{', '.join(p for p in policies if p not in ('sft', 'round_0')) or 'the rounds'}")
     return out
 
 
@@ -113,7 +117,7 @@ def data_03(run):
 
 
 def data_11(run):
-    return read(run.path / "05_rm_contrastive/figures/figure_11.json")
+    return {k: v for k, v in read(run.path / "05_rm_contrastive/figures/figure_11.json").items() if k != "ids"}
 
 
 def data_16(run):
@@ -141,9 +145,12 @@ def data_20(run):
 
 
 def epoch_end(evaluations, epoch, epochs=3):
-    """Index of the evaluation nearest to the end of an epoch."""
+    """Index of the evaluation nearest to the end of an epoch; it must lie within a quarter of an epoch."""
     steps = np.array([e["step"] if isinstance(e, dict) else e for e in evaluations])
-    return int(np.abs(steps - steps[-1] * epoch / epochs).argmin())
+    distance = np.abs(steps - steps[-1] * epoch / epochs)
+    if distance.min() > max(1, steps[-1] / epochs / 4):
+        raise Missing(f"no evaluation near the end of epoch {epoch}: lower --eval_every")
+    return int(distance.argmin())
 
 
 def data_26(run):
@@ -168,20 +175,22 @@ def data_27(run):
 
 def data_joint(run):
     """MetaRM of round 1 and the plain joint objective at the same strength: J of each held-back prompt, accuracy."""
-    out = {}
-    for folder in sorted((run.path / "07_metarm").glob("*_*")):
-        kind, strength = folder.name.split("_", 1)
-        if kind not in ("eta", "joint") or not (folder / "manifest.json").exists():
-            continue
-        held, metrics = read(folder / "held_back.json"), read(folder / "manifest.json")["metrics"]
-        out[folder.name] = {"kind": kind, "strength": float(strength), "J": J(held["theta"]), "accuracy": {
+    def model(folder, kind, strength, held):
+        metrics = read(folder / "manifest.json")["metrics"]
+        return {"kind": kind, "strength": strength, "J": J(held), "accuracy": {
             k.removeprefix("accuracy_"): v for k, v in metrics.items() if k.startswith("accuracy_")}}
-        out["vanilla"] = {"kind": "vanilla", "strength": 0.0, "J": J(held["vanilla"]), "accuracy": {
-            k.removeprefix("accuracy_"): v for k, v in
-            read(run.path / "04_rm_denoise/baseline/manifest.json")["metrics"].items() if k.startswith("accuracy_")}}
+    out = {}
+    for name in audit.finished(run.path):
+        if re.match(r"07_metarm/(eta|joint)_", name):
+            folder, values = run.path / name, read(run.path / name / "manifest.json")["hyperparameters"]
+            kind = "joint" if "joint" in values else "eta"
+            out[folder.name] = model(folder, kind, values[kind], read(folder / "held_back.json")["theta"])
     if not out:
         raise Missing(f"{run.path}/07_metarm has no eta_* and no joint_*")
-    return {"models": out, "scores": judged(run, ["sft", "round_0", "round_1", "joint", "more_1"])}
+    out = dict(sorted(out.items(), key=lambda item: (item[1]["kind"], item[1]["strength"])))
+    held = read(run.path / "07_metarm/round_1/held_back.json")["vanilla"]          # on the same samples
+    return {"models": {"vanilla": model(run.path / "04_rm_denoise/baseline", "vanilla", 0.0, held)} | out,
+            "scores": judged(run, ["sft", "round_0", "round_1", "joint", "more_1"], ("eval_",))}
 
 
 def data_table_1(run):
@@ -207,6 +216,20 @@ def data_samples(run, prompts=3):
 def J(rewards):
     """Eq. 11 of each prompt: [m, k] → [m]."""
     return [round(metarm.difference_loss(torch.tensor([r])).item(), 6) for r in rewards]
+
+
+def data_15(run):
+    """The best round is chosen in distribution."""
+    scores = judged(run, ["sft", *rounds(run)])
+    if not any(name.startswith("ood_") for name in scores):
+        raise Missing("no evaluation set is out of distribution (00_data.py --ood_prompts)")
+    return {"scores": scores}
+
+
+def data_more(run):
+    if not (run.path / "06_ppo/more_1/manifest.json").exists():
+        raise Missing(f"{run.path}/06_ppo has no more_1")
+    return {"scores": judged(run, ["sft", *rounds(run)[:4], "more_1", "more_2", "more_3"])}
 
 
 def data_best_of_n(run):
@@ -244,8 +267,10 @@ def data_equation_17(run, batches=6, size=4, largest=5_000_000):
     args = SimpleNamespace(precision="fp32", run=read(run.path / "run.json"))
     model = common.load_reward_model(path, args).double()
     model.model.config._attn_implementation = "eager"  # the fused kernels have no second derivative
-    model.model.score = torch.nn.Linear(model.model.score.in_features, 1, bias=False, dtype=torch.float64)
-    model.model.score.weight.data = common.load_reward_model(path, args).model.score.weight.data.double()
+    head = torch.nn.Linear(model.model.score.in_features, 1, bias=False, dtype=torch.float64)  # not the one in fp32
+    head.weight.data = model.model.score.weight.data
+    model.model.score = head
+    model.to(common.device())
     tokenizer, eta = common.load_tokenizer(path), metarm.HPARAMS["eta"][1]
     _, pairs = common.encode_pairs(tokenizer, rows(run.path / "03_strength/train.jsonl"), args.run)
     samples = rows(run.path / "07_metarm/round_1/samples.jsonl")
@@ -255,7 +280,7 @@ def data_equation_17(run, batches=6, size=4, largest=5_000_000):
     draw, theta, out = random.Random(run.seed), list(model.parameters()), {"whole": [], "fixed": [], "size": []}
 
     def flat(scalar, **more):
-        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(scalar, theta, allow_unused=False, **more)])
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(scalar, theta, **more)])
 
     def L(groups):
         rewards, _ = model(common.collate(groups, tokenizer.pad_token_id, "separate"))
@@ -305,7 +330,7 @@ def cell(values):
 
 
 def mean_right(c, kind, at=None):
-    right = np.array(c["right"].get(kind, c["right"]["original"]))
+    right = np.array(c["right"][kind])
     return right.mean(1) if at is None else right[at].mean()
 
 
@@ -353,14 +378,15 @@ def draw_03(seeds):
 def draw_models(seeds):
     """Accuracy and loss of several models of stage 04 during training: Figures 4 to 7 and 21 to 25."""
     models = list(seeds[0])
+    kind = "judge" if "judge" in seeds[0][models[0]]["right"] else "original"
     figure, axes = canvas(2, width=4.6)
     for j, model in enumerate(models):
         style = {"color": audit.pyplot().get_cmap("viridis")(j / max(1, len(models) - 1))} if len(models) > 6 else {}
         steps = seeds[0][model]["step"]
-        band(axes[0], steps, [mean_right(d[model], "judge") for d in seeds], label(model), **style)
+        band(axes[0], steps, [mean_right(d[model], kind) for d in seeds], label(model), **style)
         band(axes[1], steps, [d[model]["train_loss"] for d in seeds], **style)
     axes[0].axhline(0.5, color="k", linestyle=":", linewidth=1)
-    axes[0].set(xlabel="step", ylabel="accuracy, judge's labels")
+    axes[0].set(xlabel="step", ylabel=f"accuracy, {kind} labels")
     axes[1].set(xlabel="step", ylabel="loss on training pairs (nats, Eq. 2)")
     figure.legend(loc="outside right center", fontsize=8)
     return figure, final_table(seeds, models)
@@ -490,6 +516,12 @@ def draw_ppo(seeds):
     return figure, table
 
 
+def common_scores(seeds):
+    """{set: policies} that every seed has."""
+    return {name: [p for p in scores if all(p in d["scores"][name] for d in seeds)]
+            for name, scores in seeds[0]["scores"].items() if all(name in d["scores"] for d in seeds)}
+
+
 def compare(seeds, name, policy, opponent):
     """(win, tie, lose, prompts) over all seeds."""
     pairs = [(d["scores"][name][policy], d["scores"][name][opponent]) for d in seeds]
@@ -501,7 +533,7 @@ def compare(seeds, name, policy, opponent):
 def win_table(seeds, opponents, kinds=("eval_", "ood_"), only=None):
     """Rows (set, policy, opponent, win, tie, lose, prompts); `only`(set) → the policies shown."""
     table = [["set", "policy", "opponent", "win %", "tie %", "lose %", "prompts"]]
-    for name, scores in seeds[0]["scores"].items():
+    for name, scores in common_scores(seeds).items():
         for opponent in opponents:
             for policy in (only(name) if only else scores) if name.startswith(kinds) else ():
                 if policy not in (opponent, "sft") and opponent in scores and policy in scores:
@@ -538,8 +570,8 @@ def draw_wins(opponents, kinds=("eval_",), only=None):
 def best_rounds(seeds):
     """set → [the task's best round by win minus lose against SFT in distribution]."""
     def best(name):
+        found = [p for p in common_scores(seeds).get("eval_" + name.split("_", 1)[1], ()) if p not in ("sft", "round_0")]
         inside = "eval_" + name.split("_", 1)[1]
-        found = [p for p in seeds[0]["scores"][inside] if p not in ("sft", "round_0")] if inside in seeds[0]["scores"] else []
         lead = {p: (c := compare(seeds, inside, p, "sft"))[0] - c[2] for p in found}
         return [max(lead, key=lead.get)] if lead else []
     return best
@@ -581,7 +613,7 @@ def draw_16(seeds):
 
 def draw_joint(seeds):
     figure, axes = canvas(2, width=4.6)
-    models = seeds[0]["models"]
+    models = {m: v for m, v in seeds[0]["models"].items() if all(m in d["models"] for d in seeds)}
     kind = "judge" if "judge" in models["vanilla"]["accuracy"] else "original"
     table = [["model", "J on held-back samples", f"accuracy, {kind}"]]
     value = {m: ([np.mean(d["models"][m]["J"]) for d in seeds], [d["models"][m]["accuracy"][kind] for d in seeds])
@@ -595,15 +627,16 @@ def draw_joint(seeds):
         axis.axhline(np.mean(value["vanilla"][k]), color="k", linestyle=":", label="vanilla RM")
         axis.set(xscale="log", xlabel="strength: eta, lambda", ylabel=text)
     axes[0].legend(fontsize=8)
-    table += [[m, cell(value[m][0]), cell(value[m][1])] for m in models]
-    return figure, table + [["", "", ""]] + [[f"{r[1]} against {r[2]}, {r[0]}", f"win {r[3]} %, tie {r[4]} %", f"lose {r[5]} %"]
-                                             for r in win_table(seeds, ("round_0",), ("eval_",))[1:]]
+    table += [[m.replace("eta_", "MetaRM, eta ").replace("joint_", "L - lambda J, lambda "), cell(value[m][0]), cell(value[m][1])] for m in models]
+    names = {"round_1": "PPO under MetaRM", "joint": "PPO under L - lambda J", "more_1": "more PPO, same model"}
+    return figure, table + [[f"{names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %, tie {r[4]} %", f"lose {r[5]} %"]
+                            for r in win_table(seeds, ("round_0",), ("eval_",))[1:]]
 
 
 def draw_more(seeds):
-    names = [n for n, scores in seeds[0]["scores"].items() if "more_1" in scores]
+    names = [n for n, policies in common_scores(seeds).items() if "more_1" in policies]
     figure, axes = canvas(len(names), width=3)
-    last = max(int(p[5:]) for p in seeds[0]["scores"][names[0]] if p.startswith("more_"))
+    last = max(int(p[5:]) for p in common_scores(seeds)[names[0]] if p.startswith("more_"))
     table = [["set", "after round", "MetaRM rounds", "more PPO under the same model"]]
     for axis, name in zip(axes, names):
         lines = {text: [[np.mean(d["scores"][name][f"{prefix}_{r}" if r else "round_0"]) for r in range(last + 1)]
@@ -621,7 +654,7 @@ def draw_best_of_n(seeds):
     sets = list(dict.fromkeys(seeds[0]["sets"]))
     figure, axes = canvas(len(sets) + 1, width=3.6)
     n, table = seeds[0]["n"], [["reward model", "set", *(f"n = {k}" for k in seeds[0]["n"])]]
-    for j, model in enumerate(seeds[0]["judge"]):
+    for j, model in enumerate(m for m in seeds[0]["judge"] if all(m in d["judge"] for d in seeds)):
         style = {"color": audit.OKABE_ITO[j % 8], "linestyle": "-" if j < 8 else "--"}
         for axis, name in zip(axes, sets):
             lines = [np.mean([v for v, s in zip(d["judge"][model], d["sets"]) if s == name], 0) for d in seeds]
@@ -696,10 +729,10 @@ FIGURES = {
                     ("04_rm_denoise/baseline", "07_metarm/round_1"), data_equation_17, draw_equation_17),
     "table_2": ("Table 2: every round against SFT", "Win rates rise to round 3 (summary: 4) and then fall.", ROUND,
                 lambda run: {"scores": judged(run, ["sft", *rounds(run)])}, draw_table_2),
-    "table_3": ("Table 3: the best round against SFT and vanilla PPO", "It wins clearly against both, in all three tasks.",
-                ROUND, lambda run: {"scores": judged(run, ["sft", *rounds(run)])}, draw_table_3),
+    "table_3": ("Table 3: the best round (chosen on these prompts) against SFT and vanilla PPO", "It wins clearly against "
+                "both, in all three tasks.", ROUND, lambda run: {"scores": judged(run, ["sft", *rounds(run)])}, draw_table_3),
     "figure_15": ("Figure 15: the best round out of distribution", "It beats SFT and vanilla PPO there too, by a little "
-                  "less.", ("08_evaluate",), lambda run: {"scores": judged(run, ["sft", *rounds(run)])},
+                  "less.", ("08_evaluate",), data_15,
                   draw_wins(("sft", "round_0"), ("ood_",), best_rounds)),
     "figure_16": ("Figure 16: reward differences, MetaRM and vanilla", "MetaRM's are clearly larger on the shifted policy's "
                   "samples.", ("07_metarm/round_*",), data_16, draw_16),
@@ -732,6 +765,6 @@ FIGURES = {
     "joint": ("Not in the paper: MetaRM beside the joint objective L - lambda J", "", ("07_metarm/eta_*", "07_metarm/joint_*"),
               data_joint, draw_joint),
     "more": ("Not in the paper: MetaRM rounds beside more PPO without retraining", "", ("06_ppo/more_*",),
-             lambda run: {"scores": judged(run, ["sft", *rounds(run)[:4], "more_1", "more_2", "more_3"])}, draw_more),
+             data_more, draw_more),
     "best_of_n": ("Not in the paper: best of n under each reward model", "", ("08_evaluate",), data_best_of_n, draw_best_of_n),
 }

@@ -41,7 +41,8 @@ while [ $# -gt 0 ] && [ $mode != test ]; do
   case $flag in
     -h|--help) sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
     --dry_run) dry=1; continue ;;
-    --restart) restart=--restart; continue ;;
+    --restart) [ $mode != experiments ] || fail "--restart does not go with experiments"
+      restart=--restart; continue ;;
     --stage) [ $mode = replay ] || fail "--stage goes with replay" ;;
     --seeds) [ $mode = experiments ] || fail "--seeds goes with experiments" ;;
     --from|--seed) [ $mode != experiments ] || fail "$flag does not go with experiments (--seeds N)" ;;
@@ -191,6 +192,7 @@ known="00_data 01_sft 02_rm_ensemble 03_strength 04_rm_denoise 05_rm_contrastive
 [ -z "$from" ] || [[ " $known" == *" $from"* ]] || fail "--from $from is no stage (00_data, 04, 07_metarm/round_2, ...)"
 changed=
 if [ -z "$dry" ]; then
+  [ ! -f "$out/seed_0/run.json" ] || fail "$out holds experiments: give another --out"
   mkdir -p "$out" || fail "cannot make $out"
   if command -v flock >/dev/null; then
     exec 9>"$out/.run_all.lock"; flock -n 9 || fail "another run_all.sh works on $out: wait for it, or give another --out"

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from fnmatch import fnmatch
 from importlib import import_module
 
 import numpy as np
@@ -59,9 +60,9 @@ def test_a_claim_that_holds_fails_and_is_missing():
     """The ledger on made-up figures: a third of the pairs below 0 in one world, a quarter in another."""
     def seeds(share):
         mean = [-1.0] * round(4000 * share) + [1.0] * round(4000 * (1 - share))
-        return [{"mean": mean, "std": [1.0] * 4000}] * 3
+        return {f"seed_{s}": {"mean": mean, "std": [1.0] * 4000} for s in range(3)}
     entries = {e["id"]: e for e in report.ledger({"figure_01": seeds(0.25)})}
-    assert entries["C1"]["verdict"] == "holds" and entries["C1"]["mean"] == 0.25 and entries["C1"]["values"] == [0.25] * 3
+    assert entries["C1"]["verdict"] == "holds" and entries["C1"]["mean"] == 0.25 and set(entries["C1"]["values"].values()) == {0.25}
     assert entries["C2"]["verdict"] == "fails"                                     # a flat std is no U
     assert entries["C9"]["verdict"] == "not measured" and "figure_07" in entries["C9"]["reason"]
     assert {e["id"]: e for e in report.ledger({"figure_01": seeds(0.4)})}["C1"]["verdict"] == "fails"
@@ -97,6 +98,22 @@ def test_the_best_round_is_chosen_on_other_prompts():
     assert report.best_beats_vanilla(d, np.arange) == -1
 
 
+def test_a_seed_that_lacks_a_figure_is_left_out_of_its_claims():
+    """Two seeds have Figure 1, one has nothing of it: the claim's values are the two's, too few for a verdict."""
+    whole = {"mean": [-1.0] * 10 + [1.0] * 30, "std": [1.0] * 40}
+    entries = {e["id"]: e for e in report.ledger({"figure_01": {"seed_0": whole, "seed_2": whole},
+                                                  "equation_17": {"seed_1": {"whole": [0.5], "fixed": [1.0]}}})}
+    assert entries["C1"]["values"] == {"seed_0": 0.25, "seed_2": 0.25} and entries["C1"]["verdict"] == "open"
+    assert entries["C28b"]["values"] == {"seed_1": 1.0}
+
+
+def test_one_round_is_too_few_to_rise_or_fall():
+    scores = {"sft": np.zeros(8), "round_0": np.zeros(8), "round_1": np.ones(8)}
+    d = {"table_2": {"scores": {"eval_harmless": scores}}}
+    assert math.isnan(report.first_rounds_rise(d, np.arange)) and math.isnan(report.falls_after_best(d, np.arange))
+    assert report.best_beats_vanilla(d, np.arange) == 1 and math.isnan(report.best_beats_vanilla_ood(d, np.arange))
+
+
 # ---------------------------------------------------------------- the list
 
 def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
@@ -105,16 +122,14 @@ def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
         names = [name for name, *_ in table]
         assert len(set(names)) == len(names)
         for *_, command in table:
-            stage, *flags = command.format(often=5, seldom=10, eta=0.1, n=64).split()
+            stage, *flags = command.format(often=5, seldom=10, eta=0.1, n=64, seed=0).split()
             with pytest.raises(SystemExit) as stop:
                 import_module(stage).main([*flags, "--out", str(tmp_path), "--dry_run"])
             assert stop.value.code == 0
-    purposes = " ".join(purpose for _, purpose, *_ in experiments.pairs_table(5))
-    for n in (*range(1, 14), 15, 16, 17, *range(19, 29)):
-        listed = re.findall(r"Figures? ([\d, -]+)", purposes)
-        numbers = {x for part in listed for piece in part.split(",") if piece.strip() for x in (
-            range(int(piece.split("-")[0]), int(piece.split("-")[-1]) + 1))}
-        assert n in numbers, f"no experiment for Figure {n}"
+    made = [name for name, *_ in experiments.pairs_table(5)]
+    for name, (_, _, patterns, _, _) in figures.FIGURES.items():
+        for pattern in patterns:
+            assert any(fnmatch(m, pattern) or m == f"{pattern.split('/')[0]}/figures" for m in made), f"{name}: {pattern}"
 
 
 # ---------------------------------------------------------------- the page
@@ -185,7 +200,8 @@ def test_figures_json_reproduces_the_ledger(page):
     measured = 0
     for claim, *_, measure in report.CLAIMS:
         if "values" in entries[claim]:
-            for seed, value in zip(("seed_0", "seed_1"), entries[claim]["values"]):
+            assert list(entries[claim]["values"]) == ["seed_0", "seed_1"]
+            for seed, value in entries[claim]["values"].items():
                 d = {name: report.as_arrays(seeds[seed]) for name, seeds in data.items()}
                 assert float(measure(d, np.arange)) == value
             measured += 1
@@ -193,17 +209,17 @@ def test_figures_json_reproduces_the_ledger(page):
         assert entries[claim]["verdict"] in ("open", "not measured")  # two seeds
     assert measured >= 28
     manifest = json.loads((page[0] / "seed_1/03_strength/manifest.json").read_text())
-    assert entries["C1"]["values"][1] == pytest.approx(manifest["metrics"]["share_mean_below_zero"])
+    assert entries["C1"]["values"]["seed_1"] == pytest.approx(manifest["metrics"]["share_mean_below_zero"])
     accuracy = [json.loads((page[0] / f"seed_1/04_rm_denoise/{name}/manifest.json").read_text())["metrics"]["accuracy_judge"]
                 for name in ("margin", "baseline", "tenth_01", "tenth_02")]
-    assert entries["C9"]["values"][1] == pytest.approx(accuracy[0] - accuracy[1])
-    assert entries["C4"]["values"][1] == pytest.approx(np.mean(accuracy[2:]))
+    assert entries["C9"]["values"]["seed_1"] == pytest.approx(accuracy[0] - accuracy[1])
+    assert entries["C4"]["values"]["seed_1"] == pytest.approx(np.mean(accuracy[2:]))
     tables = json.loads((page[0] / "seed_1/08_evaluate/tables.json").read_text())["table_2"]
     row = next(r for r in tables if (r["policy"], r["set"]) == ("round_2", "eval_harmless"))
     scores = {k: np.array(v) for k, v in data["table_2"]["seed_1"]["scores"]["eval_harmless"].items()}
     assert report.wins(scores, "round_2", "sft", np.arange(row["n"])) == pytest.approx((row["win"], row["lose"]))
     held = [json.loads((page[0] / f"seed_1/07_metarm/round_{r}/manifest.json").read_text())["metrics"] for r in (1, 2)]
-    assert entries["C18"]["values"][1] == pytest.approx(np.mean([m["J_theta"] - m["J_vanilla"] for m in held]), abs=1e-6)
+    assert entries["C18"]["values"]["seed_1"] == pytest.approx(np.mean([m["J_theta"] - m["J_vanilla"] for m in held]), abs=1e-6)
 
 
 def test_equation_17_holds_with_grad_J_fixed(page):
@@ -235,12 +251,14 @@ def test_a_single_run_without_gold_gets_a_page(page, tmp_path):
         kept = [{k: v for k, v in json.loads(line).items() if k not in ("judge_label", "gold_chosen", "gold_rejected")}
                 for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    shutil.rmtree(out / "07_metarm/joint_0.1")
+    shutil.rmtree(out / "06_ppo/more_1")
     found = report.find_runs(out)
     collected, absent = report.collect(found, show_texts=False)
-    assert "judge" in absent["figure_03"] and set(report.TEXTS) <= set(absent)
+    assert "judge" in absent["figure_03"] and "more_1" in absent["more"] and set(report.TEXTS) <= set(absent)
     entries = report.ledger(collected)
     (tmp_path / "figures").mkdir()
     parsed = Page(report.page(found, entries, collected, absent, tmp_path / "figures")[0])
     assert set(figures.FIGURES) <= set(parsed.ids)
-    assert {e["verdict"] for e in entries} <= {"open", "not measured"}
+    verdicts = {e["id"]: e["verdict"] for e in entries}
+    assert set(verdicts.values()) == {"open", "not measured"}
+    assert all(verdicts[c] == "not measured" for c in ("C3", "C4", "C7", "C9", "C10")) and verdicts["C11"] == "open"
