@@ -1,6 +1,7 @@
 """The driver, `bash run_all.sh`: real data, what it skips, prints and refuses."""
 import gzip
 import hashlib
+import html
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from conftest import ROOT, run
 
 REAL = ROOT.parent / "shared/data/hh_harmless_sample.jsonl.gz"
 STAGES = ["00_data", "01_sft", "02_rm_ensemble/figures", "03_strength", "04_rm_denoise/figures",
-          "05_rm_contrastive/figures", "06_ppo/round_0", "07_metarm/round_1", "06_ppo/round_1", "08_evaluate"]
+          "05_rm_contrastive/figures", "06_ppo/round_0", "07_metarm/round_1", "06_ppo/round_1", "08_evaluate",
+          "09_report"]
 
 
 def driver(*flags, check=True):
@@ -60,6 +62,8 @@ def test_every_stage_is_complete(real):
     figures = {p.name for p in out.rglob("figure_*.png")}
     assert {f"figure_{n}.png" for n in ("01", "02", "08", "11", "16")} <= figures
     markdown = (out / "08_evaluate/tables.md").read_text()
+    page = (out / "09_report/index.html").read_text()  # of a single run: most figures need experiments
+    assert "Figure 2:" in page and page.count("<img ") >= 4 and f"{out}/09_report/index.html" in text
     assert "Table 2" in markdown and "Table 3" in markdown and markdown.strip() in text
     assert metrics(out, "01_sft")["steps"] == metrics(out, "04_rm_denoise/margin")["steps"] == 4
     assert max(metrics(out)["rows"].values()) <= 64 * 4
@@ -96,7 +100,8 @@ def test_each_stage_is_announced_with_its_command_and_minutes(real):
     logged = [shlex.split(line) for line in (out / "commands.log").read_text().splitlines()]
     assert len(logged) == len(STAGES)
     assert logged[0] == ["python", "00_data.py", *map(str, flags[:4]), "--out", str(out)]
-    assert all(command[0] == "deepspeed" and command[-2:] == ["--out", str(out)] for command in logged[1:])
+    assert all(command[0] == "deepspeed" and command[-2:] == ["--out", str(out)] for command in logged[1:-1])
+    assert logged[-1] == ["python", "09_report.py", "--out", str(out)]
     for command in logged:
         assert "   " + " ".join(command) in text.splitlines()
     assert text.count("minutes expected: ") == text.count("minutes taken: ") == len(STAGES)
@@ -117,11 +122,11 @@ def test_a_complete_run_is_skipped_stage_by_stage(real):
 
 
 def test_from_runs_a_stage_and_all_after_it(real):
-    """--from the last stage: that one alone runs again, to the same bytes; it is also a logged command by hand."""
+    """--from 08: that one and the report run again, to the same bytes."""
     out, flags, _ = real
     tables = (out / "08_evaluate/responses.jsonl").read_bytes()
     text = driver("--from", "08", "--rounds", 1, "--out", out).stdout
-    assert text.count("skipped") == len(STAGES) - 1 and "== 08_evaluate: " in text
+    assert text.count("skipped") == len(STAGES) - 2 and "== 08_evaluate: " in text
     assert (out / "08_evaluate/responses.jsonl").read_bytes() == tables
 
 
@@ -140,6 +145,15 @@ def test_logged_commands_and_stages_work_by_hand(real):
     assert len(set(digests)) == 1
 
 
+def test_no_row_is_in_the_page(real):
+    """Dialogues of data of one's own are shown only with --texts."""
+    page = "".join(p.read_text() for p in (real[0] / "09_report").rglob("*") if p.suffix in (".html", ".json"))
+    if REAL.exists():
+        prompts = [json.loads(line)["prompt"] for line in (real[0] / "00_data/train.jsonl").read_text().splitlines()]
+        assert prompts and not [p for p in prompts if html.escape(p.strip()) in page or json.dumps(p.strip())[1:-1] in page]
+    assert ("not shown" in page) == REAL.exists()
+
+
 # ---------------------------------------------------------------- refusals
 
 def test_other_flags_on_an_existing_run_are_refused(real):
@@ -152,6 +166,7 @@ def test_other_flags_on_an_existing_run_are_refused(real):
     (["--limit", "many"], ["--limit", "many"]), (["--preset", "huge"], ["--preset"]),
     (["--seed", "1", "2"], ["--seed takes one value"]), (["stray"], ["stray"]),
     (["--from", "99_nothing", "--dry_run"], ["--from", "99_nothing"]),
+    (["--seeds", "2"], ["--seeds goes with experiments"]),
 ])
 def test_bad_flags(flags, words, tmp_path):
     one_error(driver(*flags, "--out", tmp_path / "out", check=False) if flags != ["--limit"] else
