@@ -107,7 +107,7 @@ def summary_table(rounds):
 
 def flags_of(manifest):
     """The recorded command's flags without those that change nothing."""
-    given = [w for w in shlex.split(manifest["command"])[1:] if not w.startswith(("--local_rank", "--debug"))]
+    given = [w for w in shlex.split(manifest["command"])[1:] if not w.startswith(("--local_rank", "--debug", "--restart"))]
     if "--out" in given:
         del given[given.index("--out"):given.index("--out") + 2]
     return given
@@ -137,6 +137,7 @@ def main():
     flag("--limit", type=int, help="as for 00_data.py: a smoke run")
     flag("--preferences", nargs="+", metavar="SOURCE", help="as for 00_data.py (default: the embedded world)")
     flag("--dry_run", action="store_true", help="print the commands and run nothing")
+    flag("--restart", action="store_true", help="begin an unfinished stage anew instead of from its checkpoint")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     args, data = parser.parse_known_args()
@@ -175,7 +176,8 @@ def main():
         common.log(f"{len(todo) - len(left)} of {len(todo)} stages are complete, the others take {took}")
 
     def run(i, out, name, purpose, _, stage, flags):
-        sys.argv = [f"{stage}.py", *flags, "--out", out] + ["--debug"] * args.debug  # what the manifest records
+        sys.argv = [f"{stage}.py", *flags, "--out", out]  # what the manifest records
+        sys.argv += ["--debug"] * args.debug + ["--restart"] * args.restart
         common.log(f"\n== {i} of {len(todo)}, {out}/{name} ({purpose}): {shlex.join(sys.argv)}")
         if common.rank() == 0:
             Path(out).mkdir(parents=True, exist_ok=True)

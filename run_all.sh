@@ -41,8 +41,7 @@ while [ $# -gt 0 ] && [ $mode != test ]; do
   case $flag in
     -h|--help) sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
     --dry_run) dry=1; continue ;;
-    --restart) [ $mode != experiments ] || fail "--restart does not go with experiments"
-      restart=--restart; continue ;;
+    --restart) restart=--restart; continue ;;
     --stage) [ $mode = replay ] || fail "--stage goes with replay" ;;
     --seeds) [ $mode = experiments ] || fail "--seeds goes with experiments" ;;
     --from|--seed) [ $mode != experiments ] || fail "$flag does not go with experiments (--seeds N)" ;;
@@ -151,7 +150,7 @@ launch() {
   return $result
 }
 if [ $mode = experiments ]; then
-  flags=(--out "$out" --seeds "$seeds" ${rounds:+--rounds "$rounds"} ${data[@]+"${data[@]}"})
+  flags=(--out "$out" --seeds "$seeds" ${rounds:+--rounds "$rounds"} $restart ${data[@]+"${data[@]}"})
   if [ -n "$dry" ]; then exec python "${code}experiments.py" --dry_run "${flags[@]}"; fi
   launch deepspeed "${launcher[@]}" "${code}experiments.py" "${flags[@]}" || fail "an experiment failed; the same command goes on"
   launch python "${code}09_report.py" --out "$out" || fail "the report failed; run it again with: python ${code}09_report.py --out $out"
