@@ -439,7 +439,7 @@ def interval(measure, seeds, rng, replicates=REPLICATES):
     each, pairs or prompts with replacement. measure(d, pick) → number; seeds: [d]. → (low, high)."""
     means = [np.mean([measure(seeds[s], lambda n: rng.integers(n, size=n)) for s in rng.integers(len(seeds), size=len(seeds))])
              for _ in range(replicates)]
-    return tuple(float(x) for x in np.percentile(means, [2.5, 97.5]))
+    return tuple(float(x) for x in np.percentile(means, [2.5, 97.5]).round(9))     # 1e-19 is no difference
 
 
 def as_arrays(data):
@@ -525,7 +525,7 @@ def folded(title, content):
 
 
 def number(x):
-    return f"{x:.3g}" if abs(x) < 0.01 else f"{x:.3f}"
+    return f"{x:.2g}" if abs(x) < 0.01 else f"{x:.3f}"
 
 
 def bounds(criterion):

@@ -630,7 +630,8 @@ def draw_joint(seeds):
     table += [[m.replace("eta_", "MetaRM, eta ").replace("joint_", "L - lambda J, lambda "), cell(value[m][0]), cell(value[m][1])] for m in models]
     names = {"round_1": "PPO under MetaRM", "joint": "PPO under L - lambda J", "more_1": "more PPO, same model"}
     return figure, table + [[f"{names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %, tie {r[4]} %", f"lose {r[5]} %"]
-                            for r in win_table(seeds, ("round_0",), ("eval_",))[1:]]
+                            for r in win_table(seeds, ("round_0",), ("eval_",))[1:]
+                            if "joint" in common_scores(seeds)[r[0]]]
 
 
 def draw_more(seeds):

@@ -6,6 +6,7 @@ experiments of `out` in results/toy/.
 import ast
 import json
 import re
+import shlex
 import shutil
 import sys
 from importlib import import_module
@@ -46,7 +47,9 @@ def runs():
     """What made the record."""
     ledger = recorded("ledger")
     lines = [f"- {run[0]}: {run[4]} minutes of stages, {run[5]}; head `{run[6]}`" for run in ledger["runs"][1:]]
-    return "\n".join([f"Commit {recorded('metrics')['git_commit'][:7]}, commands in `results/toy/commands.txt`:", "", *lines])
+    commits = ", ".join(c[:7] for c in recorded("metrics")["git_commits"])
+    return "\n".join([f"Commits {commits}, commands in `results/toy/commands.txt`, heads as `run_all.sh verify` prints them:",
+                      "", *lines])
 
 
 def markdown(rows):
@@ -108,12 +111,17 @@ def record(out):
     found = sorted(p.parent for p in out.glob("*/run.json"))
     manifests = {run.name: {name: json.loads((run / name / "manifest.json").read_text()) for name in audit.finished(run)}
                  for run in found}
-    commits = {m["git_commit"] for stages in manifests.values() for m in stages.values()}
-    assert len(commits) == 1, f"made by several commits: {commits}"
+    commits = sorted({m["git_commit"] for stages in manifests.values() for m in stages.values()})
     (TOY / "metrics.json").write_text(json.dumps({
-        "git_commit": commits.pop(), "packages": manifests["seed_0"]["00_data"]["packages"],
+        "git_commits": commits, "packages": manifests["seed_0"]["00_data"]["packages"],
         **{run: {name: m["metrics"] for name, m in stages.items()} for run, stages in manifests.items()}}, indent=1) + "\n")
-    (TOY / "commands.txt").write_text("".join((run / "commands.log").read_text() for run in found))
+    lines = []
+    for run, stages in manifests.items():
+        for name in audit.in_order(stages):
+            words = [w for w in shlex.split(stages[name]["command"]) if not w.startswith("--local_rank")]
+            words[words.index("--out") + 1] = f"out/{run}"
+            lines.append(shlex.join(["deepspeed", *words]) + "\n")
+    (TOY / "commands.txt").write_text("".join(dict.fromkeys(lines)))
 
 
 if __name__ == "__main__":
