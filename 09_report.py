@@ -496,6 +496,7 @@ th { background: var(--soft); } td.n { white-space: nowrap; font-variant-numeric
 .holds { background: #0072b2; } .fails { background: #b34700; } .open, .not { background: #666; }
 .mute, summary { color: var(--mute); } code, pre { font-size: .85rem; background: var(--soft); }
 pre { padding: .5rem; white-space: pre-wrap; } details { margin: .4rem 0; } summary { cursor: pointer; }
+#runs td:last-child { overflow-wrap: anywhere; min-width: 14rem; }
 @media (max-width: 45rem) { .wide .ledger { min-width: 0; } .ledger th { display: none; }
   .ledger tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); }
   .ledger td { display: block; border: 0; padding: .1rem 0; }
@@ -654,12 +655,13 @@ def page(runs, entries, collected, absent, folder):
         else:
             body, table = html_table(table), []
         sections.append(section(name, entries, body, commands(runs[0], made), table))
-    count = [f"{n} {v}" for v in VERDICTS if (n := sum(e["verdict"] == v for e in entries))]
+    words = dict(zip(VERDICTS, ("hold", "fail", "are open", "were not measured")))
+    count = [f"{n} {word}" for v, word in words.items() if (n := sum(e["verdict"] == v for e in entries))]
     few = f" Only {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open." * (len(runs) < MIN_SEEDS)
     intro = f"<p>Of {len(entries)} claims: {', '.join(count)}.{few} The criteria were written before the experiments were " \
             "run, but for those whose note says otherwise. The intervals are bootstraps over seeds and, in a seed, over " \
             "pairs or prompts: with so few seeds they show the order of the spread, not more.</p>"
-    body = f"<h2>What was run</h2>{html_table(what_was_run(runs))}<h2 id=ledger>The ledger</h2>{intro}" \
+    body = f"<h2>What was run</h2><div id=runs>{html_table(what_was_run(runs))}</div><h2 id=ledger>The ledger</h2>{intro}" \
            f"{ledger_table(entries)}{''.join(sections)}"
     return PAGE.replace("BODY", body), {name: table for name, table in tables.items() if table}
 

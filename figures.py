@@ -718,7 +718,7 @@ FIGURES = {
     "figure_10": ("Figure 10: the four methods against baseline and SFT", "All four win clearly on harmless prompts, less on "
                   "helpful ones.", ("08_evaluate",), lambda run: {"scores": judged(run, ["sft", *WHOLE], ("eval_",))},
                   draw_wins(("baseline", "sft"))),
-    "figure_11": ("Figure 11: features with and without contrastive learning", "SimCSE lowers the overlap of chosen and "
+    "figure_11": ("Figure 11: features with and without contrastive learning, t-SNE of the first seed", "SimCSE lowers the overlap of chosen and "
                   "rejected.", ("05_rm_contrastive/figures",), data_11, draw_11),
     "figure_12": ("Figure 12: PPO under contrastive reward models, no KL penalty", "Return and reward are steadier than "
                   "under the baseline.", tuple(f"06_ppo/{name}" for name in contrastive.METHODS),
