@@ -1,14 +1,14 @@
 """Stage 09: the paper's figures and tables beside ours on one page, and a verdict on each of its claims.
 
-Reads OUT/seed_0, OUT/seed_1, ... as `experiments.py` makes them, or OUT itself when it is one run (a default run, or one
-on your own data: what was not measured there is left out). Writes OUT/09_report/index.html, one file that needs no
+Reads OUT/seed_0, OUT/seed_1, ... as `experiments.py` makes them, or OUT itself when it is one run (a default run, or
+one on your own data: what was not measured there is left out). Writes OUT/09_report/index.html, one file that needs no
 network; ledger.json, the claims with their values, intervals and verdicts; tables.json, the rows of the page's tables;
-figures/NAME.png and NAME.json, each figure
-with its numbers down to single pairs and prompts, from which the ledger is computed.
+figures/NAME.png and NAME.json, each figure with its numbers down to single pairs and prompts, from which the ledger is
+computed.
 
 The claims, what is measured for each and the criterion stand in CLAIMS below. They were written before the experiments
-were run (commit of this table: see git log) and are not changed after; a criterion that proves ill-posed is marked and a
-second one is put beside it, with the reason and the date. Each quantity has a 95 % interval: a bootstrap over the
+were run (git log has the commit) and are not changed after; a criterion that proves ill-posed is marked and a second one
+is put beside it, with the reason and the date (NOTES). Each quantity has a 95 % interval: a bootstrap over the
 seeds and, inside a seed, over the pairs or prompts it was measured on. A claim **holds** when the interval lies inside
 the criterion, **fails** when it lies outside, and is **open** when it crosses it or fewer than three seeds were run.
 
@@ -36,8 +36,8 @@ METHODS = [name for name in figures.WHOLE if name != "baseline"]
 
 
 # ---------------------------------------------------------------- quantities
-# Each takes d, {figure: its data} of one seed as numpy arrays, and pick(n): the indices 0 .. n-1 for the value itself, n
-# indices drawn with replacement for a bootstrap replicate.
+# Each takes d, {figure: its data} of one seed as numpy arrays, and pick(n): the indices 0 .. n-1 for the value itself,
+# n indices drawn with replacement for a bootstrap replicate.
 
 def accuracy(curve, i, at=-1, kind="judge"):
     """Accuracy on the pairs i at one evaluation."""
@@ -426,7 +426,7 @@ NOTES = {
 def verdict(low, high, criterion, seeds):
     """"holds" if the interval lies inside the criterion (low, high; None is no bound), "fails" if it lies outside,
     "open" if it crosses it, is not finite, or comes from fewer than three seeds."""
-    floor, ceiling = (-np.inf if criterion[0] is None else criterion[0]), (np.inf if criterion[1] is None else criterion[1])
+    floor, ceiling = (b if c is None else c for b, c in zip((-np.inf, np.inf), criterion))
     if seeds < MIN_SEEDS or not np.isfinite([low, high]).all():
         return "open"
     if floor < low and high < ceiling:
@@ -437,8 +437,9 @@ def verdict(low, high, criterion, seeds):
 def interval(measure, seeds, rng, replicates=REPLICATES):
     """95 % percentile bootstrap interval of the mean over seeds: a replicate draws seeds with replacement and, inside
     each, pairs or prompts with replacement. measure(d, pick) → number; seeds: [d]. → (low, high)."""
-    means = [np.mean([measure(seeds[s], lambda n: rng.integers(n, size=n)) for s in rng.integers(len(seeds), size=len(seeds))])
-             for _ in range(replicates)]
+    def draw(n):
+        return rng.integers(n, size=n)
+    means = [np.mean([measure(seeds[s], draw) for s in draw(len(seeds))]) for _ in range(replicates)]
     return tuple(float(x) for x in np.percentile(means, [2.5, 97.5]).round(9))     # 1e-19 is no difference
 
 
@@ -487,9 +488,11 @@ PAGE = """<!DOCTYPE html>
   :root { --text: #e6e6e2; --page: #191a1b; --soft: #242627; --line: #3c3f41; --mute: #a5a5a0; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 0 auto;
   max-width: 64rem; padding: 1rem; overflow-wrap: break-word; }
-h1 { line-height: 1.2; } h2 { margin: 2.5rem 0 .3rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.2rem; }
+h1 { line-height: 1.2; }
+h2 { margin: 2.5rem 0 .3rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.2rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.wide { overflow-x: auto; } .wide table { min-width: 40rem; } table { border-collapse: collapse; font-size: .88rem; width: 100%; }
+.wide { overflow-x: auto; } .wide table { min-width: 40rem; }
+table { border-collapse: collapse; font-size: .88rem; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); } td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .v { font-weight: 600; padding: .05rem .5rem; border-radius: 1rem; white-space: nowrap; color: #fff; }
@@ -551,8 +554,9 @@ def ledger_table(entries):
         rows.append(f"<tr id={e['id']}><td>{e['id']}<br><span class=mute>{escape(e['where'])}</span></td>"
                     f"<td>{escape(e['claim'])}{more}</td><td>{kind}</td>{result}"
                     f"<td>{escape(e['quantity'])}<br><b>{escape(bounds(e['criterion']))}</b></td></tr>")
-    return "<div class=wide><table class=ledger><tr><th>claim, section</th><th></th><th>verdict</th><th>mean, 95 %</th><th>each seed</th>" \
-           f"<th>what is measured; holds if</th></tr>{''.join(rows)}</table></div>"
+    titles = ("claim, section", "", "verdict", "mean, 95 %", "each seed", "what is measured; holds if")
+    return f"<div class=wide><table class=ledger><tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>" \
+           f"{''.join(rows)}</table></div>"
 
 
 def texts(name, data):
@@ -701,7 +705,8 @@ def main(argv=None):
     for name, data in collected.items():
         audit.write_text(folder / f"{name}.json", json.dumps(data) + "\n")
     entries = ledger(collected)
-    audit.write_text(stage.dir / "ledger.json", json.dumps({"claims": entries, "runs": what_was_run(runs)}, indent=1) + "\n")
+    record = {"claims": entries, "runs": what_was_run(runs)}
+    audit.write_text(stage.dir / "ledger.json", json.dumps(record, indent=1) + "\n")
     text, tables = page(runs, entries, collected, absent, folder)
     audit.write_text(stage.dir / "index.html", text)
     audit.write_text(stage.dir / "tables.json", json.dumps(tables, indent=1) + "\n")

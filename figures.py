@@ -2,8 +2,8 @@
 page and takes its ledger from the same numbers.
 
 A run is a namespace: `path` (its directory), `summary` (that of the summary task, or None), `seed`. `FIGURES` names for
-each figure a function run → data (numbers only, as JSON keeps them, down to single pairs and prompts, so that the ledger
-can draw its intervals), and a function (data of every seed) → (matplotlib figure, rows of the table behind it).
+each figure a function run → data (numbers, as JSON keeps them, down to single pairs and prompts, so that the ledger can
+draw its intervals), and a function (data of every seed) → (matplotlib figure, rows of the table behind it).
 """
 import math
 import re
@@ -345,8 +345,8 @@ def draw_01(seeds):
         axis.set(xlabel=f"{key} of the preference difference, ten models", ylabel="pairs")
     figure.axes[0].axvline(0, color="k", linestyle="--")
     table = [["seed", "pairs", "share with mean < 0", "median mean", "median std"]]
-    return figure, table + [[i, len(d["mean"]), f"{np.mean(np.array(d['mean']) < 0):.3f}", f"{np.median(d['mean']):.3f}",
-                             f"{np.median(d['std']):.3f}"] for i, d in enumerate(seeds)]
+    values = [(len(d["mean"]), np.mean(np.array(d["mean"]) < 0), np.median(d["mean"]), np.median(d["std"])) for d in seeds]
+    return figure, table + [[i, n, *(f"{v:.3f}" for v in rest)] for i, (n, *rest) in enumerate(values)]
 
 
 def draw_02(seeds):
@@ -359,8 +359,8 @@ def draw_02(seeds):
         band(axis, range(1, 21), [g[k] for g in groups], name, marker=".")
     axis.set(xlabel="group of pairs, by ascending strength", ylabel="preference difference")
     axis.legend()
-    return figure, [["group", "mean", "std"]] + [[i + 1, cell([g[0][i] for g in groups]), cell([g[1][i] for g in groups])]
-                                                 for i in range(20)]
+    return figure, [["group", "mean", "std"]] + [
+        [i + 1, cell([g[0][i] for g in groups]), cell([g[1][i] for g in groups])] for i in range(20)]
 
 
 def draw_03(seeds):
@@ -570,8 +570,8 @@ def draw_wins(opponents, kinds=("eval_",), only=None):
 def best_rounds(seeds):
     """set → [the task's best round by win minus lose against SFT in distribution]."""
     def best(name):
-        found = [p for p in common_scores(seeds).get("eval_" + name.split("_", 1)[1], ()) if p not in ("sft", "round_0")]
         inside = "eval_" + name.split("_", 1)[1]
+        found = [p for p in common_scores(seeds).get(inside, ()) if p not in ("sft", "round_0")]
         lead = {p: (c := compare(seeds, inside, p, "sft"))[0] - c[2] for p in found}
         return [max(lead, key=lead.get)] if lead else []
     return best
@@ -627,7 +627,8 @@ def draw_joint(seeds):
         axis.axhline(np.mean(value["vanilla"][k]), color="k", linestyle=":", label="vanilla RM")
         axis.set(xscale="log", xlabel="strength: eta, lambda", ylabel=text)
     axes[0].legend(fontsize=8)
-    table += [[m.replace("eta_", "MetaRM, eta ").replace("joint_", "L - lambda J, lambda "), cell(value[m][0]), cell(value[m][1])] for m in models]
+    table += [[m.replace("eta_", "MetaRM, eta ").replace("joint_", "L - lambda J, lambda "), *map(cell, value[m])]
+              for m in models]
     names = {"round_1": "PPO under MetaRM", "joint": "PPO under L - lambda J", "more_1": "more PPO, same model"}
     return figure, table + [[f"{names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %, tie {r[4]} %", f"lose {r[5]} %"]
                             for r in win_table(seeds, ("round_0",), ("eval_",))[1:]
@@ -691,81 +692,153 @@ def draw_texts(seeds):
 ROUND = ("06_ppo/round_*", "07_metarm/round_*")
 # name: (title, what the paper saw, stage directories it comes from, data, drawing), in the paper's order
 FIGURES = {
-    "figure_01": ("Figure 1: strength of the preferences", "Many means near 0 and about a quarter below it; the stds have "
-                  "a long tail.", ("03_strength",), data_01, draw_01),
-    "table_1": ("Table 1: examples", "A wrong, an ambiguous and a strong pair.", ("03_strength",), data_table_1, draw_texts),
-    "figure_02": ("Figure 2: mean and std in 20 groups", "The std is U-shaped over strength.", ("03_strength",), data_01,
-                  draw_02),
-    "figure_03": ("Figure 3: consistency with the judge", "0.164 in the weakest 500 pairs, 0.544 near zero, 0.956 in the "
-                  "strongest.", ("03_strength",), data_03, draw_03),
-    "figure_04": ("Figure 4: each tenth alone", "The lowest fifth trains models worse than chance, the next fifth models "
-                  "near chance; the strongest tenth is not the best.", ("04_rm_denoise/tenth_??",),
-                  lambda run: curves(run, *TENTHS), draw_models),
-    "figure_05": ("Figure 5: the two weakest tenths flipped", "Flipped labels make both useful.",
-                  ("04_rm_denoise/tenth_??_flip",),
-                  lambda run: curves(run, "tenth_01", "tenth_01_flip", "tenth_02", "tenth_02_flip"), draw_models),
-    "figure_06": ("Figure 6: the strongest tenth", "Soft labels keep the loss from 0 and help; with a margin they help "
-                  "most, a margin alone helps little.", ("04_rm_denoise/tenth_10*",),
-                  lambda run: curves(run, *(f"tenth_10{s}" for s in ("", "_soft", "_margin", "_soft_margin"))), draw_models),
-    "figure_07": ("Figure 7: a margin on all data", "It improves accuracy.", ("04_rm_denoise/*_3_epochs",),
-                  lambda run: curves(run, "baseline", "margin", "baseline_3_epochs", "margin_3_epochs"), draw_models),
-    "figure_08": ("Figure 8: five methods on three validation sets", "Baseline and margin lead on the original set and fall "
-                  "after a peak; the denoising methods stay level on the other two.", ("04_rm_denoise/*_3_epochs",),
-                  lambda run: curves(run, *(f"{name}_3_epochs" for name in WHOLE)), draw_08),
-    "figure_09": ("Figure 9: PPO under five reward models, no KL penalty", "KL and perplexity grow steadily under denoised "
-                  "models and fluctuate late under baseline and margin.", tuple(f"06_ppo/{name}" for name in WHOLE),
-                  lambda run: ppo(run, *WHOLE), draw_ppo),
-    "figure_10": ("Figure 10: the four methods against baseline and SFT", "All four win clearly on harmless prompts, less on "
-                  "helpful ones.", ("08_evaluate",), lambda run: {"scores": judged(run, ["sft", *WHOLE], ("eval_",))},
-                  draw_wins(("baseline", "sft"))),
-    "figure_11": ("Figure 11: features with and without contrastive learning, t-SNE of the first seed", "SimCSE lowers the overlap of chosen and "
-                  "rejected.", ("05_rm_contrastive/figures",), data_11, draw_11),
-    "figure_12": ("Figure 12: PPO under contrastive reward models, no KL penalty", "Return and reward are steadier than "
-                  "under the baseline.", tuple(f"06_ppo/{name}" for name in contrastive.METHODS),
-                  lambda run: ppo(run, "baseline", *contrastive.METHODS), draw_ppo),
-    "figure_13": ("Figure 13: contrastive methods against baseline and SFT", "Slightly better; SimCSE on pairs is best.",
-                  ("08_evaluate",), lambda run: {"scores": judged(run, ["sft", "baseline", *contrastive.METHODS], ("eval_",))},
-                  draw_wins(("baseline", "sft"))),
-    "equation_17": ("Equation 17, measured", "The meta step adds dot products of the two gradients to the loss.",
-                    ("04_rm_denoise/baseline", "07_metarm/round_1"), data_equation_17, draw_equation_17),
-    "table_2": ("Table 2: every round against SFT", "Win rates rise to round 3 (summary: 4) and then fall.", ROUND,
-                lambda run: {"scores": judged(run, ["sft", *rounds(run)])}, draw_table_2),
-    "table_3": ("Table 3: the best round (chosen on these prompts) against SFT and vanilla PPO", "It wins clearly against "
-                "both, in all three tasks.", ROUND, lambda run: {"scores": judged(run, ["sft", *rounds(run)])}, draw_table_3),
-    "figure_15": ("Figure 15: the best round out of distribution", "It beats SFT and vanilla PPO there too, by a little "
-                  "less.", ("08_evaluate",), data_15,
-                  draw_wins(("sft", "round_0"), ("ood_",), best_rounds)),
-    "figure_16": ("Figure 16: reward differences, MetaRM and vanilla", "MetaRM's are clearly larger on the shifted policy's "
-                  "samples.", ("07_metarm/round_*",), data_16, draw_16),
-    "figure_17": ("Figure 17: vanilla PPO and each round", "Rewards rise in every round; perplexity falls in round 3 and "
-                  "rises in round 4.", ("06_ppo/round_*",), lambda run: ppo(run, *rounds(run)), draw_ppo),
-    "samples": ("Answers of each round", "", ("06_ppo/round_*",), data_samples, draw_texts),
-    "figure_19": ("Figure 19: training dynamics", "After the first epoch training accuracy rises, validation accuracy does "
-                  "not; chosen and rejected scores overlap widely.", ("04_rm_denoise/baseline_3_epochs",), data_19, draw_19),
-    "figure_20": ("Figure 20: reward inflation", "At the end of each epoch scores jump, the gap hardly grows.",
-                  ("04_rm_denoise/baseline_3_epochs",), data_20, draw_20),
-    "figure_21": ("Figure 21: growing from the weakest", "With wrong pairs inside, much good data is needed to make up for "
-                  "them.", ("04_rm_denoise/part_000_*",), lambda run: curves(run, *PARTS[0], "baseline"), draw_models),
-    "figure_22": ("Figure 22: growing from the strongest", "Without wrong pairs accuracy does not fall.",
-                  ("04_rm_denoise/part_*_100",), lambda run: curves(run, *PARTS[1], "baseline"), draw_models),
-    "figure_23": ("Figure 23: the weakest tenth, flipped", "Soft labels and margin together beat either alone.",
-                  ("04_rm_denoise/tenth_01_flip*",),
-                  lambda run: curves(run, *(f"tenth_01_flip{s}" for s in ("", "_soft", "_margin", "_soft_margin"))),
-                  draw_models),
-    "figure_24": ("Figure 24: the fourth tenth", "A margin helps slightly, soft labels hardly.", ("04_rm_denoise/tenth_04*",),
-                  lambda run: curves(run, "tenth_04", "tenth_04_soft", "tenth_04_margin"), draw_models),
-    "figure_25": ("Figure 25: the weakest tenth", "Flipping and soft labels each remove most of the harm.",
-                  ("04_rm_denoise/tenth_01", "04_rm_denoise/tenth_01_soft", "04_rm_denoise/tenth_01_flip"),
-                  lambda run: curves(run, "tenth_01", "tenth_01_soft", "tenth_01_flip"), draw_models),
-    "figure_26": ("Figure 26: p(chosen > rejected) during training", "Mass moves to 0 and 1, sooner with flipped labels.",
-                  ("04_rm_denoise/baseline_3_epochs", "04_rm_denoise/flip_3_epochs"), data_26, draw_26),
-    "figure_27": ("Figure 27: accuracy by strength", "The methods differ mainly on ambiguous and wrong slices.",
-                  ("04_rm_denoise/*_3_epochs",), data_27, draw_27),
-    "figure_28": ("Figure 28: accuracy by strength minus the baseline's, during training", "The same over the steps.",
-                  ("04_rm_denoise/*_3_epochs",), data_27, draw_28),
-    "joint": ("Not in the paper: MetaRM beside the joint objective L - lambda J", "", ("07_metarm/eta_*", "07_metarm/joint_*"),
-              data_joint, draw_joint),
-    "more": ("Not in the paper: MetaRM rounds beside more PPO without retraining", "", ("06_ppo/more_*",),
-             data_more, draw_more),
-    "best_of_n": ("Not in the paper: best of n under each reward model", "", ("08_evaluate",), data_best_of_n, draw_best_of_n),
+    "figure_01": (
+        "Figure 1: strength of the preferences",
+        "Many means near 0 and about a quarter below it; the stds have a long tail.",
+        ("03_strength",), data_01, draw_01),
+    "table_1": (
+        "Table 1: examples",
+        "A wrong, an ambiguous and a strong pair.",
+        ("03_strength",), data_table_1, draw_texts),
+    "figure_02": (
+        "Figure 2: mean and std in 20 groups",
+        "The std is U-shaped over strength.",
+        ("03_strength",), data_01, draw_02),
+    "figure_03": (
+        "Figure 3: consistency with the judge",
+        "0.164 in the weakest 500 pairs, 0.544 near zero, 0.956 in the strongest.",
+        ("03_strength",), data_03, draw_03),
+    "figure_04": (
+        "Figure 4: each tenth alone",
+        "The lowest fifth trains models worse than chance, the next fifth models near chance; the strongest "
+        "tenth is not the best.",
+        ("04_rm_denoise/tenth_??",), lambda run: curves(run, *TENTHS), draw_models),
+    "figure_05": (
+        "Figure 5: the two weakest tenths flipped",
+        "Flipped labels make both useful.",
+        ("04_rm_denoise/tenth_??_flip",),
+        lambda run: curves(run, "tenth_01", "tenth_01_flip", "tenth_02", "tenth_02_flip"), draw_models),
+    "figure_06": (
+        "Figure 6: the strongest tenth",
+        "Soft labels keep the loss from 0 and help; with a margin they help most, a margin alone helps little.",
+        ("04_rm_denoise/tenth_10*",),
+        lambda run: curves(run, *(f"tenth_10{s}" for s in ("", "_soft", "_margin", "_soft_margin"))), draw_models),
+    "figure_07": (
+        "Figure 7: a margin on all data",
+        "It improves accuracy.",
+        ("04_rm_denoise/*_3_epochs",),
+        lambda run: curves(run, "baseline", "margin", "baseline_3_epochs", "margin_3_epochs"), draw_models),
+    "figure_08": (
+        "Figure 8: five methods on three validation sets",
+        "Baseline and margin lead on the original set and fall after a peak; the denoising methods stay level "
+        "on the other two.",
+        ("04_rm_denoise/*_3_epochs",), lambda run: curves(run, *(f"{name}_3_epochs" for name in WHOLE)), draw_08),
+    "figure_09": (
+        "Figure 9: PPO under five reward models, no KL penalty",
+        "KL and perplexity grow steadily under denoised models and fluctuate late under baseline and margin.",
+        tuple(f"06_ppo/{name}" for name in WHOLE), lambda run: ppo(run, *WHOLE), draw_ppo),
+    "figure_10": (
+        "Figure 10: the four methods against baseline and SFT",
+        "All four win clearly on harmless prompts, less on helpful ones.",
+        ("08_evaluate",),
+        lambda run: {"scores": judged(run, ["sft", *WHOLE], ("eval_",))}, draw_wins(("baseline", "sft"))),
+    "figure_11": (
+        "Figure 11: features with and without contrastive learning, t-SNE of the first seed",
+        "SimCSE lowers the overlap of chosen and rejected.",
+        ("05_rm_contrastive/figures",), data_11, draw_11),
+    "figure_12": (
+        "Figure 12: PPO under contrastive reward models, no KL penalty",
+        "Return and reward are steadier than under the baseline.",
+        tuple(f"06_ppo/{name}" for name in contrastive.METHODS),
+        lambda run: ppo(run, "baseline", *contrastive.METHODS), draw_ppo),
+    "figure_13": (
+        "Figure 13: contrastive methods against baseline and SFT",
+        "Slightly better; SimCSE on pairs is best.",
+        ("08_evaluate",),
+        lambda run: {"scores": judged(run, ["sft", "baseline", *contrastive.METHODS], ("eval_",))},
+        draw_wins(("baseline", "sft"))),
+    "equation_17": (
+        "Equation 17, measured",
+        "The meta step adds dot products of the two gradients to the loss.",
+        ("04_rm_denoise/baseline", "07_metarm/round_1"), data_equation_17, draw_equation_17),
+    "table_2": (
+        "Table 2: every round against SFT",
+        "Win rates rise to round 3 (summary: 4) and then fall.",
+        ROUND, lambda run: {"scores": judged(run, ["sft", *rounds(run)])}, draw_table_2),
+    "table_3": (
+        "Table 3: the best round (chosen on these prompts) against SFT and vanilla PPO",
+        "It wins clearly against both, in all three tasks.",
+        ROUND, lambda run: {"scores": judged(run, ["sft", *rounds(run)])}, draw_table_3),
+    "figure_15": (
+        "Figure 15: the best round out of distribution",
+        "It beats SFT and vanilla PPO there too, by a little less.",
+        ("08_evaluate",), data_15, draw_wins(("sft", "round_0"), ("ood_",), best_rounds)),
+    "figure_16": (
+        "Figure 16: reward differences, MetaRM and vanilla",
+        "MetaRM's are clearly larger on the shifted policy's samples.",
+        ("07_metarm/round_*",), data_16, draw_16),
+    "figure_17": (
+        "Figure 17: vanilla PPO and each round",
+        "Rewards rise in every round; perplexity falls in round 3 and rises in round 4.",
+        ("06_ppo/round_*",), lambda run: ppo(run, *rounds(run)), draw_ppo),
+    "samples": (
+        "Answers of each round",
+        "",
+        ("06_ppo/round_*",), data_samples, draw_texts),
+    "figure_19": (
+        "Figure 19: training dynamics",
+        "After the first epoch training accuracy rises, validation accuracy does not; chosen and rejected "
+        "scores overlap widely.",
+        ("04_rm_denoise/baseline_3_epochs",), data_19, draw_19),
+    "figure_20": (
+        "Figure 20: reward inflation",
+        "At the end of each epoch scores jump, the gap hardly grows.",
+        ("04_rm_denoise/baseline_3_epochs",), data_20, draw_20),
+    "figure_21": (
+        "Figure 21: growing from the weakest",
+        "With wrong pairs inside, much good data is needed to make up for them.",
+        ("04_rm_denoise/part_000_*",), lambda run: curves(run, *PARTS[0], "baseline"), draw_models),
+    "figure_22": (
+        "Figure 22: growing from the strongest",
+        "Without wrong pairs accuracy does not fall.",
+        ("04_rm_denoise/part_*_100",), lambda run: curves(run, *PARTS[1], "baseline"), draw_models),
+    "figure_23": (
+        "Figure 23: the weakest tenth, flipped",
+        "Soft labels and margin together beat either alone.",
+        ("04_rm_denoise/tenth_01_flip*",),
+        lambda run: curves(run, *(f"tenth_01_flip{s}" for s in ("", "_soft", "_margin", "_soft_margin"))), draw_models),
+    "figure_24": (
+        "Figure 24: the fourth tenth",
+        "A margin helps slightly, soft labels hardly.",
+        ("04_rm_denoise/tenth_04*",),
+        lambda run: curves(run, "tenth_04", "tenth_04_soft", "tenth_04_margin"), draw_models),
+    "figure_25": (
+        "Figure 25: the weakest tenth",
+        "Flipping and soft labels each remove most of the harm.",
+        ("04_rm_denoise/tenth_01", "04_rm_denoise/tenth_01_soft", "04_rm_denoise/tenth_01_flip"),
+        lambda run: curves(run, "tenth_01", "tenth_01_soft", "tenth_01_flip"), draw_models),
+    "figure_26": (
+        "Figure 26: p(chosen > rejected) during training",
+        "Mass moves to 0 and 1, sooner with flipped labels.",
+        ("04_rm_denoise/baseline_3_epochs", "04_rm_denoise/flip_3_epochs"), data_26, draw_26),
+    "figure_27": (
+        "Figure 27: accuracy by strength",
+        "The methods differ mainly on ambiguous and wrong slices.",
+        ("04_rm_denoise/*_3_epochs",), data_27, draw_27),
+    "figure_28": (
+        "Figure 28: accuracy by strength minus the baseline's, during training",
+        "The same over the steps.",
+        ("04_rm_denoise/*_3_epochs",), data_27, draw_28),
+    "joint": (
+        "Not in the paper: MetaRM beside the joint objective L - lambda J",
+        "",
+        ("07_metarm/eta_*", "07_metarm/joint_*"), data_joint, draw_joint),
+    "more": (
+        "Not in the paper: MetaRM rounds beside more PPO without retraining",
+        "",
+        ("06_ppo/more_*",), data_more, draw_more),
+    "best_of_n": (
+        "Not in the paper: best of n under each reward model",
+        "",
+        ("08_evaluate",), data_best_of_n, draw_best_of_n),
 }
