@@ -29,10 +29,10 @@ STRENGTHS = (0.01, 0.1, 1, 10)  # of eta, and of lambda in L - lambda J
 
 def rounds_of(count):
     """Vanilla PPO and `count` rounds of MetaRM."""
-    rows = [("06_ppo/round_0", "Figure 17", 25, "06_ppo --round 0")]
+    rows = [("06_ppo/round_0", "Figure 17", 20, "06_ppo --round 0")]
     for r in range(1, count + 1):
-        rows += [(f"07_metarm/round_{r}", "Figures 16, 17", 27, f"07_metarm --round {r}"),
-                 (f"06_ppo/round_{r}", "Figure 17, Tables 2, 3", 25, f"06_ppo --round {r}")]
+        rows += [(f"07_metarm/round_{r}", "Figures 16, 17", 20, f"07_metarm --round {r}"),
+                 (f"06_ppo/round_{r}", "Figure 17, Tables 2, 3", 21, f"06_ppo --round {r}")]
     return rows
 
 
@@ -40,7 +40,7 @@ def tenth(i, purpose, name="", flags=""):
     """A reward model on the i-th tenth of the pairs by strength. A tenth is ten toy steps an epoch: one epoch would
     hardly move a model."""
     name = f"tenth_{i:02d}" + (f"_{name}" if name else "")
-    return (f"04_rm_denoise/{name}", purpose, 5, f"04_rm_denoise --methods baseline --percentile {10 * i - 10} {10 * i} "
+    return (f"04_rm_denoise/{name}", purpose, 5.5, f"04_rm_denoise --methods baseline --percentile {10 * i - 10} {10 * i} "
             f"{flags} --epochs 3 --eval_every {{often}} --name {name}")
 
 
@@ -50,9 +50,9 @@ def pairs_table(rounds):
         ("00_data", "all", 4, "00_data"),
         ("01_sft", "all", 40, "01_sft"),
         ("02_rm_ensemble/figures", "Figures 1-3", 75, "02_rm_ensemble"),
-        ("03_strength", "Figures 1-3, Table 1", 20, "03_strength"),
-        ("04_rm_denoise/figures", "the five methods, one epoch", 60, "04_rm_denoise"),
-        ("05_rm_contrastive/figures", "Figure 11", 75, "05_rm_contrastive"),
+        ("03_strength", "Figures 1-3, Table 1", 26, "03_strength"),
+        ("04_rm_denoise/figures", "the five methods, one epoch", 56, "04_rm_denoise"),
+        ("05_rm_contrastive/figures", "Figure 11", 63, "05_rm_contrastive"),
         *rounds_of(rounds),
         # ---- section 2.3, 2.4: what each part of the data teaches
         *(tenth(i, "Figure 4") for i in range(1, 11)),
@@ -67,28 +67,28 @@ def pairs_table(rounds):
         tenth(4, "Figure 24", "margin", "--margin"),
         tenth(1, "Figure 25", "soft", "--smoothing 0.1"),
         # as many steps as one epoch of all the data, so that size and number of steps are not mixed up
-        *((f"04_rm_denoise/part_{low:03d}_{high:03d}", "Figure 21" if low == 0 else "Figure 22", 12,
+        *((f"04_rm_denoise/part_{low:03d}_{high:03d}", "Figure 21" if low == 0 else "Figure 22", 10,
            f"04_rm_denoise --methods baseline --percentile {low} {high} --epochs {100 / (high - low):.4g} "
            f"--name part_{low:03d}_{high:03d}")
           for low, high in ((0, 20), (0, 40), (0, 60), (0, 80), (80, 100), (60, 100), (40, 100), (20, 100))),
-        *((f"04_rm_denoise/{method}_3_epochs", "Figures 7, 8, 19, 20, 26, 27, 28", 30,
+        *((f"04_rm_denoise/{method}_3_epochs", "Figures 7, 8, 19, 20, 26, 27, 28", 33,
            f"04_rm_denoise --methods {method} --epochs 3 --eval_every {{seldom}} --name {method}_3_epochs")
           for method in WHOLE),
         # ---- PPO without KL penalty under each reward model
-        *((f"06_ppo/{name}", "Figures 9, 10" if name in WHOLE else "Figures 12, 13", 25,
+        *((f"06_ppo/{name}", "Figures 9, 10" if name in WHOLE else "Figures 12, 13", 21,
            f"06_ppo --rm {name} --kl_beta 0") for name in WHOLE + CONTRASTIVE),
         # ---- two studies that the paper does not have; a seed of their own, or they would see round 0's prompts again
-        *((f"06_ppo/more_{r}", "more PPO, same reward model", 25,
+        *((f"06_ppo/more_{r}", "more PPO, same reward model", 28,
            f"06_ppo --rm baseline --start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r} --seed 9{{seed}}{r}")
           for r in range(1, min(3, rounds) + 1)),
         # matched strength, lambda = eta: both are the factor of the same gradient of J
-        *((f"07_metarm/eta_{eta}", "MetaRM beside L - lambda J", 25,
+        *((f"07_metarm/eta_{eta}", "MetaRM beside L - lambda J", 23,
            f"07_metarm --round 1 --eta {eta} --name eta_{eta}") for eta in STRENGTHS),
         *((f"07_metarm/joint_{lam}", "MetaRM beside L - lambda J", 22,
            f"07_metarm --round 1 --joint {lam} --name joint_{lam}") for lam in STRENGTHS),
-        ("06_ppo/joint", "MetaRM beside L - lambda J", 25, "06_ppo --rm joint_{eta} --start round_0 --name joint "
+        ("06_ppo/joint", "MetaRM beside L - lambda J", 30, "06_ppo --rm joint_{eta} --start round_0 --name joint "
          "--seed 9{seed}1"),
-        ("08_evaluate", "Figures 10, 13, 15, Tables 2, 3, best-of-n", 90, "08_evaluate --best_of {n}"),
+        ("08_evaluate", "Figures 10, 13, 15, Tables 2, 3, best-of-n", 135, "08_evaluate --best_of {n}"),
     ]
 
 
@@ -101,7 +101,7 @@ def summary_table(rounds):
         ("03_strength", "all", 6, "03_strength --M 2"),
         ("04_rm_denoise/baseline", "all", 12, "04_rm_denoise --methods baseline"),
         *rounds_of(rounds),
-        ("08_evaluate", "Tables 2, 3", 20, "08_evaluate"),
+        ("08_evaluate", "Tables 2, 3", 11, "08_evaluate"),
     ]
 
 

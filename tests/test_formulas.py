@@ -167,6 +167,8 @@ def test_relabel_by_hand():
     assert [r["id"] for r in out if r["smoothing"]] == [1, 3, 6]
     assert (out[3]["chosen"], out[3]["rejected"]) == ("r3", "c3")
     assert not any(r["flipped"] for r in denoise.relabel(strength_rows(range(10)), flip_below=0.5))
+    soft = denoise.relabel(strength_rows([3, -2]), smoothing=0.1, soften_all=True)
+    assert [r["smoothing"] for r in soft] == [0.1, 0.1]
 
 
 @examples
@@ -617,3 +619,15 @@ def test_compare_counts_shares():
     for verdict, k in (("win", 6), ("lose", 3)):
         interval = binomtest(k, 10).proportion_ci(0.95, method="wilson")
         assert found[f"{verdict}_interval"] == pytest.approx((interval.low, interval.high), abs=1e-6)
+
+
+def test_joint_loss_is_the_mean_of_L_minus_lambda_times_that_of_J():
+    """`backward` takes the mean of the micro batches' losses, whatever their numbers: its value and its gradient."""
+    theta = torch.tensor([2.0, -1.0], requires_grad=True)
+    L = [lambda i=i: (theta ** i).sum() for i in (1, 2)]
+    J = [lambda i=i: (theta * i).exp().sum() for i in (1, 2, 3)]
+    losses = metarm.joint_loss(L, J, 0.3)
+    mean = sum(f() for f in losses) / len(losses)
+    expected = sum(f() for f in L) / 2 - 0.3 * sum(f() for f in J) / 3
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(torch.autograd.grad(mean, theta), torch.autograd.grad(expected, theta))

@@ -190,6 +190,18 @@ def test_a_name_for_two_methods_is_refused(small_run, name, capsys):
     assert stop.value.code == 2 and error.startswith("error: --name") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name, flags", [
+    ("07_metarm", ["--joint", "0.1"]), ("07_metarm", ["--name", "round_7"]), ("07_metarm", ["--name", "../x"]),
+    ("06_ppo", ["--name", "x"]), ("06_ppo", ["--start", "round_0"]), ("06_ppo", ["--rm", "baseline", "--name", "round_7"]),
+    ("06_ppo", ["--rm", "baseline", "--start", "round_8"]), ("06_ppo", ["--rm", "nothing"])])
+def test_names_of_06_and_07_that_are_refused(small_run, name, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        import_module(name).main(["--out", str(small_run), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert {p.name for p in (small_run / "06_ppo").iterdir()} == {"round_0"}
+
+
 # ---------------------------------------------------------------- 08
 
 def test_08_tables_follow_from_the_responses(more_stages):
