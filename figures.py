@@ -227,9 +227,10 @@ def data_15(run):
 
 
 def data_more(run):
-    if not (run.path / "06_ppo/more_1/manifest.json").exists():
-        raise Missing(f"{run.path}/06_ppo has no more_1")
-    return {"scores": judged(run, ["sft", *rounds(run)[:4], "more_1", "more_2", "more_3"])}
+    scores = judged(run, ["sft", *rounds(run)[:4], "more_1", "more_2", "more_3"])
+    if not any("more_1" in policies for policies in scores.values()):
+        raise Missing(f"{run.path}/08_evaluate has no more_1 (run 06_ppo.py --name more_1, then 08_evaluate.py)")
+    return {"scores": scores}
 
 
 def data_best_of_n(run):
