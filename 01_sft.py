@@ -1,22 +1,23 @@
-"""Stage 01: supervised fine-tuning, which gives pi^SFT (section 2.1; hyperparameters of appendix B.2).
+"""Stage 01: supervised fine-tuning, which gives pi^SFT (section 2.1; values of appendix B.2).
 
-Reads 00_data/sft.jsonl, writes 01_sft/: a stock causal LM with its tokenizer. The loss is the mean negative
-log-likelihood of the response and EOS tokens; prompt tokens carry none.
+Reads 00_data/sft.jsonl, writes 01_sft/: a stock causal LM with its tokenizer. The loss is the mean
+negative log-likelihood of the response and EOS tokens; prompt tokens carry none.
 
-With `--model tiny` in stage 00 (the toy preset) a byte-level BPE tokenizer is trained on the run's own texts and a
-Llama of about half a million parameters starts from random weights. A model without a pad token, or whose pad
-is its EOS, gets a new one: with pad = EOS stock classifiers read the reward one token early.
+With `--model tiny` in stage 00 (the toy preset) a byte-level BPE tokenizer is trained on the run's
+own texts and a Llama of about half a million parameters starts from random weights. A model without
+a pad token, or whose pad is its EOS, gets a new one: with pad = EOS stock classifiers read the
+reward one token early.
 
 Departures from the paper: (1) every 50th row is held out to report a validation perplexity.
 
-    deepspeed 01_sft.py                    # or: python 01_sft.py
-    deepspeed --num_gpus 8 01_sft.py       # Llama-2-7B, after `python 00_data.py --preset paper`
+    deepspeed 01_sft.py                # or: python 01_sft.py
+    deepspeed --num_gpus 8 01_sft.py   # Llama-2-7B, after `python 00_data.py --preset paper`
 """
 import math
-from itertools import islice
-from pathlib import Path
 
-import audit
+import tokenizers
+import transformers
+
 import common
 
 HPARAMS = {
@@ -37,35 +38,36 @@ HPARAMS = {
 
 def train_tokenizer(texts, vocab_size):
     """Byte-level BPE on the run's own texts, with pad and EOS tokens of their own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                   clean_up_tokenization_spaces=False)
+        initial_alphabet=byte_level.alphabet()))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+        clean_up_tokenization_spaces=False)
 
 
 def tiny_llama(args, tokenizer):
     """A Llama from scratch; its size follows --hidden_size and --layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=8 * args.hidden_size // 3,
-        num_hidden_layers=args.layers, num_attention_heads=4, tie_word_embeddings=True,
-        max_position_embeddings=4096, initializer_range=0.05, attention_dropout=0.0,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden_size,
+        intermediate_size=8 * args.hidden_size // 3, num_hidden_layers=args.layers,
+        num_attention_heads=4, tie_word_embeddings=True, max_position_embeddings=4096,
+        initializer_range=0.05, attention_dropout=0.0, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
 
 
 def load_base(args, rows):
     """(model, tokenizer) to start from: made here for `tiny`, else from a local path or hub id."""
-    name = args.run["model"]
+    name, run = args.run["model"], args.run
     if name == "tiny":
         for size in ("vocab_size", "hidden_size", "layers"):  # the paper's column has none
             setattr(args, size, getattr(args, size) or HPARAMS[size][1])
-        tokenizer = train_tokenizer((row["prompt"] + row["response"] for row in rows), args.vocab_size)
+        tokenizer = train_tokenizer((row["prompt"] + row["response"] for row in rows),
+                                    args.vocab_size)
         return tiny_llama(args, tokenizer), tokenizer
     try:
         model, tokenizer = common.load_policy(name, args), common.load_tokenizer(name)
@@ -73,15 +75,15 @@ def load_base(args, rows):
         common.die(f"cannot load --model {name}: {str(error).splitlines()[0]}")
     if tokenizer.eos_token is None:
         common.die(f"the tokenizer of {name} has no EOS token: every response must end in one")
-    embeddings, run = model.get_input_embeddings().num_embeddings, args.run
+    embeddings = model.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) >= embeddings:
-        common.die(f"the tokenizer of {name} has a larger vocabulary than the model's {embeddings} embeddings: they do "
-                   "not belong together")
+        common.die(f"the tokenizer of {name} has a larger vocabulary than the model's {embeddings} "
+                   "embeddings: they do not belong together")
     context = getattr(model.config, "max_position_embeddings", None)
     needed = run["max_prompt_tokens"] + run["max_response_tokens"]
     if context and needed > context:
-        common.die(f"{name} reads {context} tokens, a prompt and its response may have {needed}: run 00_data.py with "
-                   "a smaller --max_prompt_tokens or --max_response_tokens")
+        common.die(f"{name} reads {context} tokens, a prompt and its response may have {needed}: "
+                   "run 00_data.py with a smaller --max_prompt_tokens or --max_response_tokens")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) > embeddings:
@@ -93,78 +95,78 @@ def load_base(args, rows):
 def nll(model, groups, pad_id):
     """Summed negative log-likelihood (nats) of the response tokens of a batch, and their number."""
     batch = common.collate(groups, pad_id, "separate")
-    logps = common.token_logps(common.response_logits(model, batch), batch["response_ids"])      # [B, 1, T]
-    return -(logps * batch["mask"]).sum(), batch["mask"].sum()
+    logps = common.token_logps(common.response_logits(model, batch), batch["response_ids"])
+    return -(logps * batch["mask"]).sum(), batch["mask"].sum()                # of [B, 1, T]
 
 
 def perplexity(model, groups, args, pad_id):
-    """exp of the mean negative log-likelihood per response token over all groups, work split over ranks."""
+    """exp of the mean negative log-likelihood per response token of all groups, ranks sharing."""
     model.eval()
     size, mine = args.eval_batch_size * common.world_size(), []
     with common.inference(args):
         for start in range(0, len(groups), size):
             chunk = groups[start:start + size]
             share = chunk[common.rank()::common.world_size()]
-            total, count = nll(model, share or chunk[:1], pad_id)  # ZeRO-3: every rank runs the forward pass
-            mine.append((start + common.rank(), (total.item(), count.item()) if share else (0.0, 0)))
+            # ZeRO-3: a rank without a share runs the forward pass too
+            total, count = nll(model, share or chunk[:1], pad_id)
+            mine.append((start + common.rank(),
+                         (total.item(), count.item()) if share else (0.0, 0)))
     model.train()
     totals, counts = zip(*common.gather_rows(mine))
     return math.exp(sum(totals) / sum(counts))
 
 
 def main(argv=None):
-    args = audit.parse_args(__doc__, HPARAMS, argv=argv)
-    data = audit.require(args, "00_data", "python 00_data.py")
+    args = common.parse_args(__doc__, HPARAMS, argv=argv)
+    data = common.require(args, "00_data", "python 00_data.py")
     common.setup(args)
-    stage = audit.start_stage(args, "01_sft", ["00_data/sft.jsonl"])
-    rows = audit.read_jsonl(data / "sft.jsonl")
+    base = [] if args.run["model"] == "tiny" else common.user_files(args.run["model"])
+    run = common.begin(args, "01_sft", ["00_data/sft.jsonl", *base])
+    rows = common.read_jsonl(data / "sft.jsonl")
     model, tokenizer = load_base(args, rows)
     pad_id = tokenizer.pad_token_id
-    common.log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}")
+    common.log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary "
+               f"{len(tokenizer)}")
     groups = common.encode(tokenizer, rows, ["response"], args.run)
     valid, train = groups[::50], [g for i, g in enumerate(groups) if i % 50] or groups
-    steps = common.steps_for(args, len(train), args.batch_size, args.epochs)
-    engine = common.make_engine(model, args, args.batch_size, args.lr, steps, args.warmup)
+    steps = common.steps_for(args, len(train))
+    engine = common.make_engine(model, args, args.batch_size, args.lr, steps)
 
-    done, _ = audit.resume(stage, {"sft": engine}, steps)
-    if not done:
-        audit.log_metrics(stage, 0, valid_perplexity=perplexity(engine, valid, args, pad_id))
-    batches = islice(common.batches(train, args.batch_size, steps, args.seed), done, None)
-    for step, batch in enumerate(common.progress(batches, "sft", steps, done), done + 1):
+    if not run.done:
+        run.log(0, valid_perplexity=perplexity(engine, valid, args, pad_id))
+    batches = common.batches(train, args.batch_size, steps, args.seed)
+    for step, batch in run.steps(batches, sft=engine):
         micros = common.micro_batches(batch, args.micro_batch_size)
-        tokens = sum(len(g["responses"][0]) for g in batch)  # of the global batch: its mean is over tokens
-        loss = 0.0
+        tokens = sum(len(g["responses"][0]) for g in batch)  # the global batch's mean is over them
         for micro in micros:
             total, _ = nll(engine, micro, pad_id)
-            engine.backward(total * common.world_size() * len(micros) / tokens)
-            grad_norm = common.step(engine)
-            loss += total.item() * common.world_size() / tokens
-        if step % args.eval_every == 0 or step == steps:
+            loss = total * common.world_size() * len(micros) / tokens
+            engine.backward(loss)
+            run.note(loss=loss, grad_norm=common.step(engine))
+        if run.due(step):
             valid_perplexity = perplexity(engine, valid, args, pad_id)
-            audit.log_metrics(stage, step, train_loss=loss, valid_perplexity=valid_perplexity,
-                               grad_norm=grad_norm)
-        audit.end_step(stage, step, batch, loss=loss, grad_norm=grad_norm)
+            run.log(step, valid_perplexity=valid_perplexity)
 
-    common.save_model(engine, stage.dir, tokenizer)
-    sample(engine, tokenizer, train, stage)
-    audit.finish_stage(stage, {"valid_perplexity": valid_perplexity, "steps": steps})
+    common.save_model(engine, run.dir, tokenizer)
+    sample(engine, tokenizer, train, run)
+    run.finish(valid_perplexity=valid_perplexity, steps=steps)
 
 
-def sample(engine, tokenizer, groups, stage):
+def sample(engine, tokenizer, groups, run):
     """Greedy responses to a few training prompts, for the eye: samples.jsonl."""
     prompts = [g["prompt"] for g in groups[:5]]
-    pad = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(common.device())
+    pad = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     model = common.whole_model(engine).eval()
-    with common.inference(stage.args):
-        out = model.generate(**{k: pad[k] for k in ("input_ids", "attention_mask")}, do_sample=False,
-                                     max_new_tokens=stage.args.run["max_response_tokens"],
-                                     pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    rows = [{"prompt": tokenizer.decode(p), "response": tokenizer.decode(o[pad["input_ids"].shape[1]:],
-                                                                         skip_special_tokens=True)}
-            for p, o in zip(prompts, out)]
+    with common.inference(run.args):
+        out = model.generate(
+            **{k: pad[k].to(common.device()) for k in ("input_ids", "attention_mask")},
+            do_sample=False, max_new_tokens=run.args.run["max_response_tokens"],
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    texts = tokenizer.batch_decode(out[:, pad["input_ids"].shape[1]:], skip_special_tokens=True)
     if common.rank() == 0:
-        audit.write_jsonl(Path(stage.dir) / "samples.jsonl", rows)
+        common.write_jsonl(run.dir / "samples.jsonl", [
+            {"prompt": tokenizer.decode(p), "response": text} for p, text in zip(prompts, texts)])
 
 
 if __name__ == "__main__":
-    audit.run(main)
+    common.launch(main)

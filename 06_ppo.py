@@ -1,38 +1,32 @@
 """Stage 06: PPO against a reward model (section 2.1, Eq. 3; section 3.2.1 for the rounds).
 
-Four models: the actor pi^RL (trained), the critic (trained, starts from the reward model), the reference pi^SFT and
-the reward model (both frozen).
+    --round 0    vanilla PPO: from pi^SFT under 04_rm_denoise/baseline
+    --round r    from the policy of round r - 1 under 07_metarm/round_r
+    --rm NAME    from pi^SFT, or 06_ppo/START (--start), under that model of stage 04, 05 or 07
 
-    --round 0     vanilla PPO: from pi^SFT under the vanilla reward model 04_rm_denoise/baseline → 06_ppo/round_0
-    --round r     from the policy of round r - 1 under 07_metarm/round_r                        → 06_ppo/round_r
-    --rm NAME     from pi^SFT, or from 06_ppo/START (--start), under the reward model NAME of
-                  stage 04, 05 or 07                                                            → 06_ppo/NAME (--name)
+One step: K roll-outs for each prompt (one group), the score at EOS, a KL penalty against pi^SFT
+    r_t = -kl_beta (log pi(y_t) - log pi^SFT(y_t)) + [t is last] score      (Eq. 3; eta there)
+then GAE, advantages whitened over all response tokens, clipped policy and value losses. The curves
+of Figures 9, 12 and 17 are in metrics.jsonl (docs/metrics.md), ten answers in samples.jsonl.
 
-One step: K roll-outs for each prompt (one group), the score at EOS, a per-token KL penalty against pi^SFT
-
-    r_t = -kl_beta (log pi(y_t) - log pi^SFT(y_t)) + [t is last] score            (Eq. 3; its eta is kl_beta here)
-
-then GAE, advantages whitened over all response tokens, clipped policy and value losses.
-
-Departures from the paper: (1) scores are standardised by a running mean and std before they are clipped, because
-reward models have no common scale or zero; (2) a response cut without EOS loses `missing_eos_penalty`; (3) the
-policy's distribution is its own at the sampling temperature; top-p and repetition penalty shape sampling only.
+Departures from the paper: (1) scores are standardised by a running mean and std before they are
+clipped, for reward models have no common scale or zero; (2) a response cut without EOS loses
+--missing_eos_penalty; (3) top-p and repetition penalty shape sampling only, not the policy.
 
     deepspeed 06_ppo.py --round 0
-    deepspeed 06_ppo.py --rm soft_margin --kl_beta 0      # Figure 9: no KL penalty
-    deepspeed 06_ppo.py --rm baseline --start round_0 --name more_1    # as long as round 1, without retraining
+    deepspeed 06_ppo.py --rm soft_margin --kl_beta 0                 # Figure 9: no KL penalty
+    deepspeed 06_ppo.py --rm baseline --start round_0 --name more_1  # as long as round 1
 """
 import math
 import random
-from importlib import import_module
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import audit
 import common
+from lab import judges
 
 HPARAMS = {
     # name: (paper, toy, help)
@@ -41,7 +35,7 @@ HPARAMS = {
     "rollouts": (4, 4, "K, responses per prompt"),
     "ppo_epochs": (1, 1, "passes over each step's roll-outs"),
     "minibatch_size": (32, 8, "prompts per optimiser step, global"),
-    "micro_batch_size": (1, 8, "prompts (with their K roll-outs) per process and forward pass"),
+    "micro_batch_size": (1, 8, "prompts (with their roll-outs) per process and forward pass"),
     "actor_lr": (5e-7, 1e-4, "learning rate of the policy"),
     "critic_lr": (1.5e-6, 1e-3, "learning rate of the critic"),
     "warmup": (0.0, 0.0, "share of the steps with rising learning rate"),
@@ -59,25 +53,21 @@ HPARAMS = {
     "eval_every": (100, 10, "steps between samples of the same ten prompts"),
     **common.TRAINING,
     "zero": (3, 0, "DeepSpeed ZeRO stage"),
-    "save_every": (200, 10, common.TRAINING["save_every"][2]),
 }
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation: A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t.
-
-    rewards, values, mask: [B, T], mask 1 on response tokens, which come first. → advantages, returns [B, T], 0
-    where mask is 0. The state after the last token has value 0.
-    """
+    """A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t; V after the end is 0.
+    rewards, values, mask: [B, T], responses first. → advantages, returns: 0 off the mask."""
     mask = mask.to(values.dtype)
     values, rewards = values * mask, rewards * mask
     next_value, next_advantage, advantages = 0.0, 0.0, []
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]                  # [B]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]               # [B]
         next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
         next_value = values[:, t]
         advantages.insert(0, next_advantage)
-    advantages = torch.stack(advantages, 1)                                        # [B, T]
+    advantages = torch.stack(advantages, 1)                                     # [B, T]
     return advantages, advantages + values
 
 
@@ -87,33 +77,32 @@ def masked_mean(x, mask):
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip):
-    """PPO's clipped surrogate: mean over response tokens of -min(rho A, clip(rho, 1 +- clip) A), all [..., T]."""
+    """Mean over response tokens of -min(rho A, clip(rho, 1 +- clip) A); all [..., T] → scalar."""
     ratio = torch.exp((logp - old_logp) * mask)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """0.5 max((V - R)^2, (V_clipped - R)^2) with V_clipped within +- clip of the old value; mean over tokens."""
+    """Mean over tokens of 0.5 max((V - R)^2, (V' - R)^2), V' clipped to +- clip of the old V."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def whiten(tensors, masks):
-    """Shift and scale to mean 0, std 1 over the masked entries of all tensors of all ranks; 0 elsewhere."""
-    n, total, square = (torch.stack([(f(t.double()) * m).sum() for t, m in zip(tensors, masks)]).sum()
-                        for f in (torch.ones_like, lambda t: t, torch.square))
-    sums = torch.stack([n, total, square])
+    """To mean 0, std 1 over the masked entries of all tensors of all ranks; 0 elsewhere."""
+    sums = torch.stack([
+        torch.stack([(f(t.double()) * m).sum() for t, m in zip(tensors, masks)]).sum()
+        for f in (torch.ones_like, lambda t: t, torch.square)])
     if dist.is_initialized():
         dist.all_reduce(sums)
     n = sums[0].clamp(min=1)
-    mean = sums[1] / n
-    std = (sums[2] / n - mean ** 2).clamp(min=0).sqrt()
+    mean, std = sums[1] / n, (sums[2] / n - (sums[1] / n) ** 2).clamp(min=0).sqrt()
     return [((t - mean) / (std + 1e-8)).to(t.dtype) * m for t, m in zip(tensors, masks)]
 
 
 def update_running(running, values):
-    """Fold values into (count, mean, sum of squared deviations), Welford's way. → (new statistics, mean, std)."""
+    """Welford's (count, mean, sum of squared deviations) with values. → (that, mean, std)"""
     count, mean, m2 = running
     for x in values:
         count += 1
@@ -124,223 +113,188 @@ def update_running(running, values):
 
 
 def paths(args):
-    """(stage name, policy to start from, reward model) of --round or --rm; errors name the missing stage."""
-    out = Path(args.out)
-    if args.rm:
-        folders, name = ("04_rm_denoise", "05_rm_contrastive", "07_metarm"), args.name or args.rm
-        found = [f"{d}/{args.rm}" for d in folders if (out / d / args.rm / "manifest.json").exists()]
-        if not found:
-            common.die(f"no finished reward model {args.rm} in {out}/04_rm_denoise, 05_rm_contrastive or 07_metarm")
-        if not audit.is_name(name) or name.startswith("round_"):
-            common.die(f"--name {name} cannot be a directory of 06_ppo (round_r is that of --round r): give another")
-        audit.require(args, found[0], f"python {found[0].split('/')[0]}.py")
-        if args.start:
-            audit.require(args, f"06_ppo/{args.start}", "python 06_ppo.py")
-        return f"06_ppo/{name}", f"06_ppo/{args.start}" if args.start else "01_sft", found[0]
-    r = args.round
-    if r == 0:
-        audit.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
-        return "06_ppo/round_0", "01_sft", "04_rm_denoise/baseline"
-    audit.require(args, f"06_ppo/round_{r - 1}", f"python 06_ppo.py --round {r - 1}")
-    audit.require(args, f"07_metarm/round_{r}", f"python 07_metarm.py --round {r}")
-    return f"06_ppo/round_{r}", f"06_ppo/round_{r - 1}", f"07_metarm/round_{r}"
+    """(stage name, policy to start from, reward model); errors name the missing stage."""
+    r, name, start, rm = args.round, args.name or args.rm, "01_sft", "04_rm_denoise/baseline"
+    if args.rm and r or (args.start or args.name) and not args.rm:
+        common.die("give --rm or --round; --start and --name go with --rm")
+    if not args.rm:
+        name = f"round_{r}"
+        start, rm = (f"06_ppo/round_{r - 1}", f"07_metarm/round_{r}") if r else (start, rm)
+    else:
+        start = f"06_ppo/{args.start}" if args.start else "01_sft"
+        rm = next((f"{d}/{args.rm}" for d in ("04_rm_denoise", "05_rm_contrastive", "07_metarm")
+                   if (Path(args.out) / d / args.rm).is_dir()), None)
+        if not rm:
+            common.die(f"no finished reward model {args.rm} in {args.out} of stage 04, 05 or 07")
+        if not common.is_name(name) or name.startswith("round_"):
+            common.die(f"--name {name} cannot be a directory of 06_ppo (round_r is --round's)")
+    for path in (start, rm):
+        number = path.rpartition("round_")[2]
+        command = f"python {path.split('/')[0]}.py" + f" --round {number}" * number.isdigit()
+        common.require(args, path, command)
+    return f"06_ppo/{name}", start, rm
 
 
-@torch.no_grad()
-def make_experience(groups, models, args, tokenizer, layouts, reward_fn):
-    """Everything the update needs of one micro batch of groups: old and reference log-probabilities, values, raw
-    scores [B, K]. `reward_fn(groups)` → [B, K] replaces the reward model (tests use it)."""
+def load_models(args, start, rm, iterations, prompts):
+    """(actor, critic, reference, reward model), and the layout, tried on long rows."""
+    steps = iterations * args.ppo_epochs * (args.batch_size // args.minibatch_size)
+    actor, critic = (common.make_engine(model, args, args.minibatch_size, lr, steps)
+                     for model, lr in ((common.load_policy(start, args), args.actor_lr),
+                                       (common.load_reward_model(rm, args), args.critic_lr)))
+    reference = common.frozen(common.load_policy(f"{args.out}/01_sft", args), args, shard=True)
+    reward_model = common.frozen(common.load_reward_model(rm, args), args, shard=True)
+    T = args.run["max_response_tokens"]
+    probe = [{**g, "responses": [(g["prompt"] * T)[:T - k] for k in range(args.rollouts)]}
+             for g in sorted(prompts, key=common.group_length)[-8:]]
+    layout = common.choose_layout(args, lambda batch: reward_model(batch)[0], probe)
+    return (actor, critic, reference, reward_model), layout
+
+
+def make_experience(groups, models, args, tokenizer, layout, reward_fn=None):
+    """What the update needs of a micro batch of groups. reward_fn(groups) → [B, K]: for tests."""
     actor, critic, reference, reward_model = models
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    batch = common.collate(groups, pad, layouts["policy"])
+    batch = common.collate(groups, pad, layout)
+    full = [{**g, "responses": common.end_in_eos(g["responses"], eos)} for g in groups]
     with common.inference(args):
-        logps = common.token_logps(common.response_logits(actor, batch), batch["response_ids"], args.temperature)
+        ids = batch["response_ids"]
+        logps = common.token_logps(common.response_logits(actor, batch), ids, args.temperature)
         logits = common.response_logits(reference, batch)
-        ref_logps = common.token_logps(logits, batch["response_ids"], args.temperature)     # [B, K, T]
-        sft_logps = common.token_logps(logits, batch["response_ids"])  # at temperature 1, for the perplexity
-        values_batch = common.collate(groups, pad, layouts["reward"])
-        values = critic(values_batch, values=True)[0].float()                      # [B, K, T]
-        full = [{**g, "responses": common.finished(g["responses"], eos)} for g in groups]
-        scores = reward_fn(full) if reward_fn else reward_model(common.collate(full, pad, layouts["reward"]))[0]
-    cut = torch.tensor([[r[-1] != eos for r in g["responses"]] for g in groups], device=common.device())
-    return {"batch": batch, "values_batch": values_batch, "logps": logps, "ref_logps": ref_logps, "values": values,
-            "sft_logps": sft_logps, "scores": scores.float(), "cut": cut, "mask": batch["mask"]}
+        ref_logps = common.token_logps(logits, ids, args.temperature)           # [B, K, T]
+        sft_logps = common.token_logps(logits, ids)  # at temperature 1, for the perplexity
+        values = critic(batch, values=True)[0].float()                          # [B, K, T]
+        scores = reward_fn(full) if reward_fn else \
+            reward_model(common.collate(full, pad, layout))[0]
+    cut = torch.tensor([[r[-1] != eos for r in g["responses"]] for g in groups]).to(scores.device)
+    return {"batch": batch, "mask": batch["mask"], "logps": logps, "ref_logps": ref_logps,
+            "sft_logps": sft_logps, "values": values, "scores": scores.float(), "cut": cut}
 
 
 def shape_rewards(e, mean, std, args):
-    """Eq. 3 per token [B, K, T]: the KL penalty everywhere, the standardised and clipped score on the last token."""
-    score = ((e["scores"] - mean) / std).clamp(-args.reward_clip, args.reward_clip)
-    score = score - args.missing_eos_penalty * e["cut"]
+    """Eq. 3 per token [B, K, T]: the KL penalty everywhere, the clipped score on the last token."""
+    score = ((e["scores"] - mean) / std).clamp(-args.reward_clip, args.reward_clip) - \
+        args.missing_eos_penalty * e["cut"]                                     # [B, K]
     rewards = -args.kl_beta * (e["logps"] - e["ref_logps"]) * e["mask"]
-    last = e["mask"].sum(-1, keepdim=True) - 1                                     # [B, K, 1]
+    last = e["mask"].sum(-1, keepdim=True) - 1                                  # [B, K, 1]
     return rewards.scatter_add(-1, last, score[..., None].to(rewards.dtype))
 
 
-def rollout_metrics(experience, gold):
-    """Means over this step's roll-outs of all ranks (see README: what each metric means)."""
-    rows = []
+def add_advantages(experience, running, args):
+    """Rewards (Eq. 3), advantages and returns of a step's micro batches. → (running, its std)"""
+    mine = [s for e in experience for s in e["scores"].flatten().tolist()]
+    scores = common.gather_rows([((i, common.rank()), s) for i, s in enumerate(mine)])
+    running, mean, std = update_running(running, scores)
     for e in experience:
-        kl = (e["logps"] - e["ref_logps"]) * e["mask"]                             # [B, K, T]
+        e["rewards"] = shape_rewards(e, mean, std, args)                        # [B, K, T]
+        flat = [e[k].flatten(0, 1) for k in ("rewards", "values", "mask")]      # [B*K, T]
+        e["advantages"], e["returns"] = (x.view_as(e["values"])
+                                         for x in gae(*flat, args.gamma, args.lam))
+    whitened = whiten([e["advantages"] for e in experience], [e["mask"] for e in experience])
+    for e, advantages in zip(experience, whitened):
+        e["advantages"] = advantages
+    return running, std
+
+
+def update(actor, critic, experience, args, run, seed):
+    """Passes over a step's roll-outs: each minibatch is one step of the actor and the critic."""
+    actor.train(), critic.train()
+    accumulation = actor.gradient_accumulation_steps()
+    for epoch in range(args.ppo_epochs):
+        order = random.Random(seed + epoch).sample(experience, len(experience))
+        for i, e in enumerate(order):
+            mask, ids = e["mask"], e["batch"]["response_ids"]
+            if i % accumulation == 0:  # losses are means over the tokens of the global minibatch
+                tokens = torch.stack([x["mask"].sum() for x in order[i:i + accumulation]]).sum()
+                dist.all_reduce(tokens)
+            share = mask.sum() * common.world_size() * accumulation / tokens
+            logits = common.response_logits(actor, e["batch"])                  # [B, K, T, V]
+            logps = common.token_logps(logits, ids, args.temperature)
+            loss_pi = policy_loss(logps, e["logps"], e["advantages"], mask, args.clip)
+            actor.backward(loss_pi * share)
+            run.note(policy_loss=loss_pi, actor_grad_norm=common.step(actor))
+            values = critic(e["batch"], values=True)[0]                         # [B, K, T]
+            loss_v = value_loss(values, e["values"], e["returns"], mask, args.value_clip)
+            critic.backward(loss_v * share)
+            run.note(value_loss=loss_v, critic_grad_norm=common.step(critic))
+            with torch.no_grad():
+                p = torch.log_softmax(logits / args.temperature, -1)
+                e["entropy"] = (-(p.exp() * p).sum(-1) * mask).sum(-1)          # [B, K]
+                outside = ((logps - e["logps"]).exp() - 1).abs().gt(args.clip)
+                run.note(clip_fraction=masked_mean(outside.float(), mask))
+
+
+def rollout_metrics(experience, gold):
+    """Means over this step's roll-outs of all ranks; docs/metrics.md explains them."""
+    rows, names = [], "reward return kl kl_nonnegative length cut nll entropy".split()
+    for e in experience:
+        kl = (e["logps"] - e["ref_logps"]) * e["mask"]                          # [B, K, T]
         k3 = (torch.exp(-kl) - 1 + kl) * e["mask"]
-        tokens = e["mask"].sum(-1)                                                 # [B, K]
-        columns = (e["scores"], e["rewards"].sum(-1), kl.sum(-1), k3.sum(-1), tokens, e["cut"].float(),
-                   -(e["sft_logps"] * e["mask"]).sum(-1), e["entropy"])
+        nll = -(e["sft_logps"] * e["mask"]).sum(-1)
+        columns = (e["scores"], e["rewards"].sum(-1), kl.sum(-1), k3.sum(-1), e["mask"].sum(-1),
+                   e["cut"], nll, e["entropy"])                                 # [B, K] each
         rows += torch.stack([c.flatten().double() for c in columns], 1).tolist()
     rows = common.gather_rows([((i, common.rank()), row) for i, row in enumerate(rows)])
-    reward, ret, kl, k3, length, cut, nll, entropy = torch.tensor(rows, dtype=torch.float64).T
-    values = {"reward": reward.mean(), "return": ret.mean(), "kl": kl.mean(), "kl_nonnegative": k3.mean(),
-              "kl_per_token": kl.sum() / length.sum(), "perplexity_sft": (nll.sum() / length.sum()).exp(),
-              "entropy": entropy.sum() / length.sum(), "length": length.mean(), "cut": cut.mean()}
-    return {k: v.item() for k, v in values.items()} | ({"gold": sum(gold) / len(gold)} if gold else {})
+    x = dict(zip(names, torch.tensor(rows, dtype=torch.float64).T))
+    per_token = {name: x[name].sum() / x["length"].sum() for name in ("kl", "nll", "entropy")}
+    values = {name: x[name].mean() for name in names[:6]} | {
+        "kl_per_token": per_token["kl"], "entropy": per_token["entropy"],
+        "perplexity_sft": per_token["nll"].exp()}
+    values |= {"gold": torch.tensor(gold, dtype=torch.float64).mean()} if gold else {}
+    return {k: v.item() for k, v in values.items()}
 
 
 def main(argv=None, reward_fn=None):
     def add_flags(flag):
         flag("--round", type=int, default=0, help="MetaRM round; 0 is vanilla PPO (default)")
-        flag("--rm", metavar="NAME", help="PPO under this reward model of stage 04, 05 or 07, instead of --round")
-        flag("--start", metavar="NAME", help="with --rm: the policy of stage 06 to start from (default: SFT)")
-        flag("--name", help="with --rm: name of the output directory (default: that of the reward model)")
-    args = audit.parse_args(__doc__, HPARAMS, add_flags, argv)
-    data = audit.require(args, "00_data", "python 00_data.py")
-    sft = audit.require(args, "01_sft", "python 01_sft.py")
+        flag("--rm", metavar="NAME", help="PPO under this reward model of stage 04, 05 or 07")
+        flag("--start", metavar="NAME", help="with --rm: policy to start from (default: SFT)")
+        flag("--name", help="with --rm: name of the output directory (default: NAME)")
+    args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
+    data = common.require(args, "00_data", "python 00_data.py")
+    sft = common.require(args, "01_sft", "python 01_sft.py")
     if args.batch_size % args.minibatch_size:
         common.die("--batch_size must be a multiple of --minibatch_size")
-    if args.rm and args.round:
-        common.die("--rm has no rounds: give --rm or --round")
-    if (args.start or args.name) and not args.rm:
-        common.die("--start and --name go with --rm")
     name, start, rm = paths(args)
     common.setup(args)
-    seed = args.seed * 1000 + args.round
-    inputs = list(dict.fromkeys(["00_data/prompts.jsonl", "01_sft", start, rm]))
-    stage = audit.start_stage(args, name, inputs)
-    tokenizer = common.load_tokenizer(sft)
-    gold_fn = import_module("toy_world").gold if args.run.get("world") == "toy" else None
-    prompts = common.encode(tokenizer, audit.read_jsonl(data / "prompts.jsonl"), [], args.run)
-    texts = {row["id"]: row["prompt"] for row in audit.read_jsonl(data / "prompts.jsonl")}
-
-    micro_batch_size = min(args.micro_batch_size, args.minibatch_size // common.world_size())
-    accumulation = args.minibatch_size // common.world_size() // max(1, micro_batch_size)
-    iterations = min(args.iterations, args.limit or args.iterations)
-    updates = iterations * args.ppo_epochs * (args.batch_size // args.minibatch_size)
-    out = Path(args.out)
-    actor = common.make_engine(common.load_policy(out / start, args), args, args.minibatch_size, args.actor_lr, updates,
-                               args.warmup)
-    critic = common.make_engine(common.load_reward_model(out / rm, args), args, args.minibatch_size, args.critic_lr,
-                                updates, args.warmup)
-    reference = common.frozen(common.load_policy(sft, args), args, shard=True)
-    reward_model = common.frozen(common.load_reward_model(out / rm, args), args, shard=True)
-    models = actor, critic, reference, reward_model
-    longest = sorted(prompts, key=common.group_length)[-8:]  # the probe needs rows as long as the roll-outs will be
-    probe = [{**g, "responses": [(g["prompt"] * args.run["max_response_tokens"])[:args.run["max_response_tokens"] - k]
-                                 for k in range(args.rollouts)]} for g in longest]
-    layouts = {"policy": common.choose_layout(args, lambda b: (b["mask"] * common.token_logps(
-                   common.response_logits(reference, b), b["response_ids"])).sum(-1) / b["mask"].sum(-1), probe),
-               "reward": common.choose_layout(args, lambda b: reward_model(b)[0], probe)}
-
-    def evaluate(step):
-        """The same ten prompts at every evaluation: samples.jsonl and their mean reward (and gold)."""
-        ten = prompts[:10]
-        responses = common.generate(actor, tokenizer, [g["prompt"] for g in ten], 1, args, seed=args.seed)
-        groups = [{**g, "responses": common.finished(r, tokenizer.eos_token_id)} for g, r in zip(ten, responses)]
-        args.eval_batch_size = args.micro_batch_size * args.rollouts
-        rewards = common.score(reward_model, groups, args, layouts["reward"], tokenizer.pad_token_id)[:, 0]
-        decoded = tokenizer.batch_decode([g["responses"][0] for g in groups], skip_special_tokens=True)
-        rows = [{"step": step, "id": g["id"], "prompt": texts[g["id"]], "response": text, "reward": r.item()}
-                | ({"gold": gold_fn(texts[g["id"]], text)} if gold_fn else {})
-                for g, text, r in zip(ten, decoded, rewards)]
-        samples.extend(rows)
-        if common.rank() == 0:
-            audit.write_jsonl(stage.dir / "samples.jsonl", samples)
-
-    done, state = audit.resume(stage, {"actor": actor, "critic": critic}, iterations)
-    samples, history = state.get("samples", []), state.get("history", [])
-    running = state.get("running", (0, 0.0, 0.0))
-    if not done:
-        evaluate(0)
-    steps = islice(common.batches(prompts, args.batch_size, iterations, seed), done, None)
-    for step, batch in enumerate(common.progress(steps, name, iterations, done), done + 1):
-        # roll-outs: K responses per prompt, this rank's share of the groups in micro batches
-        responses = common.generate(actor, tokenizer, [g["prompt"] for g in batch], args.rollouts, args,
-                                    seed=seed * iterations + step)
-        groups = [{**g, "responses": r} for g, r in zip(batch, responses)]
+    run = common.begin(args, name, dict.fromkeys(["00_data/prompts.jsonl", "01_sft", start, rm]))
+    tokenizer, rows = common.load_tokenizer(sft), common.read_jsonl(data / "prompts.jsonl")
+    prompts = common.encode(tokenizer, rows, [], args.run)
+    texts = {row["id"]: row["prompt"] for row in rows}
+    gold = judges.gold if args.run.get("world") == "toy" else None
+    seed, iterations = args.seed * 1000 + args.round, min(args.iterations, args.limit or math.inf)
+    models, layout = load_models(args, f"{args.out}/{start}", f"{args.out}/{rm}", iterations,
+                                  prompts)
+    actor, critic = models[:2]
+    history = run.state.setdefault("history", [])
+    run.state.setdefault("running", (0, 0.0, 0.0))  # count, mean and deviations of the scores
+    answer = partial(judges.sample_answers, run, actor, models[3], layout, tokenizer, prompts[:10],
+                     texts, gold)
+    if not run.done:
+        answer(0)
+    batches = common.batches(prompts, args.batch_size, iterations, seed)
+    for step, batch in run.steps(batches, actor=actor, critic=critic):
         actor.eval(), critic.eval()
-        experience = [make_experience(micro, models, args, tokenizer, layouts, reward_fn)
-                      for micro in common.micro_batches(groups, micro_batch_size)]
-        scores = common.gather_rows([((i, common.rank()), s) for i, s in enumerate(
-            s for e in experience for s in e["scores"].flatten().tolist())])
-        running, mean, std = update_running(running, scores)
-        for e in experience:
-            e["rewards"] = shape_rewards(e, mean, std, args)                       # [B, K, T]
-            flat = [e[k].flatten(0, 1) for k in ("rewards", "values", "mask")]
-            e["advantages"], e["returns"] = (x.view_as(e["values"]) for x in gae(*flat, args.gamma, args.lam))
-        whitened = whiten([e["advantages"] for e in experience], [e["mask"] for e in experience])
-        for e, advantages in zip(experience, whitened):
-            e["advantages"] = advantages
-
-        # updates: every minibatch is one optimiser step of the actor and of the critic
-        actor.train(), critic.train()
-        stats = []
-        for epoch in range(args.ppo_epochs):
-            order = random.Random(seed * iterations * 10 + step * 10 + epoch).sample(experience, len(experience))
-            for i, e in enumerate(order):
-                mask = e["mask"]
-                if i % accumulation == 0:  # the losses are means over the tokens of the global minibatch
-                    tokens = torch.stack([x["mask"].sum() for x in order[i:i + accumulation]]).sum()
-                    dist.all_reduce(tokens)
-                share = mask.sum() * common.world_size() * accumulation / tokens
-                logits = common.response_logits(actor, e["batch"])                 # [B, K, T, V]
-                logps = common.token_logps(logits, e["batch"]["response_ids"], args.temperature)
-                loss_pi = policy_loss(logps, e["logps"], e["advantages"], mask, args.clip)
-                actor.backward(loss_pi * share)
-                norm_pi = common.step(actor)
-                values = critic(e["values_batch"], values=True)[0]                 # [B, K, T]
-                loss_v = value_loss(values, e["values"], e["returns"], mask, args.value_clip)
-                critic.backward(loss_v * share)
-                norm_v = common.step(critic)
-                with torch.no_grad():
-                    p = torch.log_softmax(logits / args.temperature, -1)
-                    e["entropy"] = (-(p.exp() * p).sum(-1) * mask).sum(-1)         # [B, K]
-                    clipped = masked_mean(((logps - e["logps"]).exp() - 1).abs().gt(args.clip).float(), mask)
-                stats.append([loss_pi.item(), loss_v.item(), clipped.item()])
-        stats = torch.tensor(stats, device=common.device()).mean(0)
-        dist.all_reduce(stats)
-        loss_pi, loss_v, clip_fraction = (stats / common.world_size()).tolist()
-        gold = [gold_fn(texts[g["id"]], tokenizer.decode(r, skip_special_tokens=True))
-                for g in groups for r in g["responses"]] if gold_fn else None
-        values = rollout_metrics(experience, gold)
+        responses = common.generate(actor, tokenizer, [g["prompt"] for g in batch], args.rollouts,
+                                    args, seed=seed * iterations + step)
+        groups = [{**g, "responses": r} for g, r in zip(batch, responses)]
+        experience = [make_experience(micro, models, args, tokenizer, layout, reward_fn) for micro
+                      in common.micro_batches(groups, actor.train_micro_batch_size_per_gpu())]
+        run.state["running"], std = add_advantages(experience, run.state["running"], args)
+        update(actor, critic, experience, args, run, seed * iterations * 10 + step * 10)
+        answers = [(texts[g["id"]], tokenizer.decode(r, skip_special_tokens=True))
+                   for g in groups for r in g["responses"]]
+        values = rollout_metrics(experience, gold and gold(*zip(*answers)))
         history.append(values)
-        audit.log_metrics(stage, step, quiet=step % args.eval_every != 0, **values, policy_loss=loss_pi,
-                           value_loss=loss_v, clip_fraction=clip_fraction, actor_grad_norm=norm_pi,
-                           critic_grad_norm=norm_v, reward_std=std)
-        if step % args.eval_every == 0 or step == iterations:
-            evaluate(step)
-        audit.end_step(stage, step, batch, {"samples": samples, "running": running, "history": history},
-                       policy_loss=loss_pi, value_loss=loss_v, actor_grad_norm=norm_pi, critic_grad_norm=norm_v,
-                       reward=values["reward"])
-
-    common.save_model(actor, stage.dir, tokenizer)
-    curves(stage, history)
-    last = history[-min(5, len(history)):]
-    audit.finish_stage(stage, {k: round(float(sum(h[k] for h in last) / len(last)), 4) for k in last[0]}
-                        | {"first_" + k: round(float(history[0][k]), 4) for k in ("reward", "kl", "gold")
-                           if k in history[0]})
+        run.log(step, quiet=not run.due(step), **values, reward_std=std)
+        if run.due(step):
+            answer(step)
+    common.save_model(actor, run.dir, tokenizer)
+    last = history[-5:]
+    run.finish(**{k: round(sum(h[k] for h in last) / len(last), 4) for k in last[0]},
+               **{f"first_{k}": round(history[0][k], 4) for k in ("reward", "kl", "gold")
+                  if k in history[0]})
     common.free(actor), common.free(critic)
 
 
-def curves(stage, history):
-    """Reward, return, KL, perplexity (and gold) over the steps, curves.png: one line of Figure 9, Figure 12 or
-    Figure 17, by the reward model."""
-    if common.rank() == 0:
-        plt = audit.pyplot()
-        keys = [k for k in ("reward", "return", "kl", "perplexity_sft", "length", "gold") if k in history[0]]
-        figure, axes = plt.subplots(2, 3, figsize=(12, 6))
-        for axis, key in zip(axes.flat, keys):
-            axis.plot(range(1, len(history) + 1), [float(h[key]) for h in history])
-            axis.set(xlabel="step", title=key)
-        figure.suptitle(stage.name)
-        figure.savefig(stage.dir / "curves.png")
-
-
 if __name__ == "__main__":
-    audit.run(main)
+    common.launch(main)

@@ -1,35 +1,36 @@
-"""Stage 07: MetaRM, Algorithm 1 (section 3.2): keep the reward model sharp on the policy's shifted outputs.
+"""Stage 07: MetaRM, Algorithm 1 (section 3.2): keep the reward model sharp on the policy's shifted
+outputs.
 
-Samples k responses per prompt from the policy of round r - 1 (samples.jsonl, the meta data set S), then trains a
-reward model from pi^SFT on the original pairs D. One step, with m prompts X_s of S and n pairs X_t of D:
+Samples k responses per prompt from the policy of round r - 1 (samples.jsonl, the meta data set S),
+then trains a reward model from pi^SFT on the original pairs D. One step (Figure 14), with m prompts
+X_s of S and n pairs X_t of D:
 
-    J  = 2/k^2 sum_{i<j} sigma(|r_i - r_j|)         difference loss on X_s                     (Eq. 11)
-    theta' = theta + eta dJ(X_s)/dtheta             plain ascent, in place                     (Eq. 12)
-    g  = dL_theta'(X_t)/dtheta'                     vanilla loss (Eq. 10) at theta'            (Eq. 13)
-    theta <- theta - alpha g                        the optimiser's step, applied at theta     (Eq. 14)
+    J  = 2/k^2 sum_{i<j} sigma(|r_i - r_j|)      difference loss on X_s                   (Eq. 11)
+    theta' = theta + eta dJ(X_s)/dtheta          plain ascent, in place                   (Eq. 12)
+    g  = dL_theta'(X_t)/dtheta'                  vanilla loss (Eq. 10) at theta'          (Eq. 13)
+    theta <- theta - alpha g                     the optimiser's step, applied at theta   (Eq. 14)
 
-Departures from the paper: (1) Eq. 14 is AdamW's step, as in all stages; (2) first order: g is applied to theta as it
-is (Algorithm 1), without the Jacobian of Eq. 15; (3) eta, k and m are not in the paper; (4) the paper
-preset trains in autocast at ZeRO-3 where 04 uses bf16 at ZeRO-2, so compare J with a 04 run in the same precision.
+A tenth of the prompts is held back to measure J, at theta and at theta' (held_back.json, Figure
+16); equation_17.json measures Eqs. 15 to 17.
+
+Departures from the paper: (1) Eq. 14 is AdamW's step, as in all stages; (2) first order: g is
+applied to theta as it is (Algorithm 1), without the Jacobian of Eq. 15; (3) eta, k and m are not in
+the paper; (4) the paper preset trains in autocast at ZeRO-3 where 04 uses bf16 at ZeRO-2, so
+compare J with a 04 run in the same precision.
 
     deepspeed 07_metarm.py --round 1
     deepspeed 07_metarm.py --round 2 --eta 0     # toy: bit for bit the baseline of stage 04
-    deepspeed 07_metarm.py --round 1 --joint 0.1 --name joint    # not in the paper: minimise L - 0.1 J at theta
 """
 import json
 import random
-from functools import partial
-from importlib import import_module
-from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
+import common  # first: it sets DeepSpeed's environment
+
+import deepspeed
 import torch
-
-import audit
-import common
-
-denoise = import_module("04_rm_denoise")
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_grad
 
 HPARAMS = {
     # name: (paper, toy, help)
@@ -44,37 +45,59 @@ HPARAMS = {
     "lr": (5e-6, 1e-3, "alpha, peak learning rate"),
     "warmup": (0.1, 0.1, "share of the steps with rising learning rate"),
     "eval_every": (500, 25, "steps between evaluations"),
+    "equation_17": (0, 6, "batches of four on which Eq. 17 is measured, with second derivatives"),
     "temperature": (0.8, 1.0, "sampling temperature"),
     "top_p": (0.9, 1.0, "nucleus sampling"),
     "repetition_penalty": (1.1, 1.0, "of sampling"),
     "generate_batch_size": (4, 64, "prompts per process and call of generate"),
     **common.TRAINING,
     "zero": (3, 0, "DeepSpeed ZeRO stage"),
-    # bf16 parameters swallow the shift: at eta = 1e-3 only 1.5 % of the entries of theta' would differ
-    "precision": ("autocast", "fp32", "autocast keeps parameters in fp32; bf16 ones swallow small eta"),
+    # bf16 parameters swallow the shift: at eta = 1e-3 only 1.5 % of theta' would differ from theta
+    "precision": ("autocast", "fp32", "autocast keeps parameters in fp32; bf16 swallows small eta"),
 }
 
 
 def difference_loss(rewards):
-    """Eq. 11: J = 2/k^2 sum_{i<j} sigma(|r_i - r_j|), mean over prompts. rewards: [m, k] → scalar.
+    """Eq. 11: J = 2/k^2 sum_{i<j} sigma(|r_i - r_j|), mean over prompts. [m, k] → scalar.
 
     With k = 1 there is no pair and J = 0; with equal rewards J = (k - 1) / 2k, its minimum.
     """
     k = rewards.shape[1]
-    i, j = torch.triu_indices(k, k, 1, device=rewards.device)
-    return (2 / k ** 2 * torch.sigmoid((rewards[:, i] - rewards[:, j]).abs()).sum(1)).mean()
+    return (2 / k ** 2 * torch.sigmoid(all_differences(rewards)).sum(1)).mean()
+
+
+def all_differences(rewards):
+    """|r_i - r_j| of all pairs i < j of each prompt: [m, k] → [m, k (k - 1) / 2]."""
+    i, j = torch.triu_indices(rewards.shape[1], rewards.shape[1], 1, device=rewards.device)
+    return (rewards[:, i] - rewards[:, j]).abs()
+
+
+def vanilla_loss(rewards):
+    """Eq. 10: L = -log sigma(r_c - r_r), mean over pairs. rewards: [n, 2] → scalar."""
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+
+
+def backward(rm, loss_fn, X):
+    """Gradient of loss_fn(rewards) of a global batch, left in the engine. → the micro batches'
+    losses."""
+    micros, losses = list(rm.micro_batches(X)), []
+    for i, micro in enumerate(micros, 1):
+        rm.engine.set_gradient_accumulation_boundary(i == len(micros))
+        losses.append(loss_fn(rm(micro)[0]))
+        rm.engine.backward(losses[-1] / len(micros), scale_wrt_gas=False)
+    return torch.stack(losses).detach()
 
 
 def ascend(engine, eta):
-    """Eq. 12 in place on the engine's parameters, theta' = theta + eta dJ/dtheta, from the gradients of a backward
-    pass just made; then clear those gradients. → theta, for `restore`. Every rank must call it."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_grad
+    """Eq. 12 in place on the engine's parameters, theta' = theta + eta dJ/dtheta, from the
+    gradients of a backward pass just made; then clear those gradients. → theta, for `restore`.
+    Every rank must call it."""
     theta, zero3 = [], engine.zero_optimization_stage() == 3
     for p in engine.module.parameters():
         gradient = safe_get_full_grad(p)  # a collective, already averaged over ranks
         theta.append((p.ds_tensor if zero3 else p).data.clone())
-        # DeepSpeed's own setter would change the fp32 master copy only, which the next forward pass does not see
+        # DeepSpeed's own setter would change the fp32 master copy only, which the next forward
+        # pass does not see
         with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=zero3):
             p.data.add_(gradient.to(p.dtype), alpha=eta)
     clear_gradients(engine)
@@ -98,159 +121,162 @@ def restore(engine, theta):
         (p.ds_tensor if zero3 else p).data.copy_(saved)
 
 
-def backward(engine, losses):
-    """Gradient of the mean of the micro batches' losses, left in the engine. `losses`: functions → scalar, called
-    one by one so that one graph is alive at a time. → the mean on this rank."""
-    total = 0.0
-    for i, loss_fn in enumerate(losses, 1):
-        engine.set_gradient_accumulation_boundary(i == len(losses))
-        loss = loss_fn() / len(losses)
-        engine.backward(loss, scale_wrt_gas=False)
-        total += loss.item()
-    return total
+def train(run, rm, pairs, meta, evaluate):
+    """Algorithm 1. pairs: D, meta: S, as groups; its lines are numbered as in the paper."""
+    args, steps = run.args, common.steps_for(run.args, len(pairs))
+    batches = list(zip(common.batches(pairs, args.batch_size, steps, args.seed),
+                       common.batches(meta, args.meta_batch_size, steps, args.seed + 1)))
+    for step, (X_t, X_s) in run.steps(batches, rm=rm.engine):  # 1, 2, 3
+        backward(rm, difference_loss, X_s)                     # 4: J_theta(X_s), Eq. 11
+        theta = ascend(rm.engine, args.eta)                    # 5: theta' of Eq. 12
+        losses = backward(rm, vanilla_loss, X_t)               # 6: L_theta'(X_t), Eqs. 10 and 13
+        restore(rm.engine, theta)                              # 7: Eq. 14 moves theta,
+        norm = rm.step()                                       #    not theta'
+        run.note(loss=losses.mean(), grad_norm=norm)           # 8
+        if run.due(step):
+            result = evaluate(step, X_s)
+    return {**result, "steps": steps}
 
 
-def joint_loss(L, J, lam):
-    """The plain joint objective L - lam J, both at theta: micro-batch losses for `backward`, which takes their mean."""
-    parts = [(1 / len(L), f) for f in L] + [(-lam / len(J), f) for f in J]
-    return [lambda w=weight, f=f: len(parts) * w * f() for weight, f in parts]
+def equation_17(L, J, theta, eta):
+    """Eqs. 15 to 17: what the meta step adds to the gradient of L, and what Eq. 17 says it adds.
+
+    Eq. 13 takes the gradient at theta' and Algorithm 1 applies it to theta as it is, without Eq.
+    15's Jacobian (1 + eta J'')^-1. By Taylor (Eq. 16) L(theta') = L + eta dL . dJ + o(eta), hence
+    Eq. 17: dL(theta') ~ d/dtheta [L + eta dL . dJ], with the eta that the paper drops. To first
+    order that is exact with dJ held fixed; the whole derivative has the term eta J'' dL besides.
+    L, J: functions without arguments → scalar, at the present theta; theta: list of tensors.
+    → dL, dL(theta') - dL, and Eq. 17's term with dJ held fixed and whole: four flat vectors.
+    """
+    def gradient(scalar, **more):
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(scalar, theta, **more)])
+    dJ = gradient(J(), create_graph=True)
+    dL = gradient(L(), create_graph=True)
+    whole = eta * gradient(dL @ dJ, retain_graph=True)
+    fixed = eta * gradient(dL @ dJ.detach())
+    saved = [p.data.clone() for p in theta]
+    for p, g in zip(theta, dJ.detach().split([p.numel() for p in theta])):
+        p.data += eta * g.view_as(p)                                            # Eq. 12
+    change = gradient(L()) - dL.detach()                                        # Eq. 13
+    for p, old in zip(theta, saved):
+        p.data = old
+    return dL.detach(), change, fixed, whole
 
 
-def sample_meta(args, policy_dir, prompt_rows, stage, tokenizer):
-    """k responses per prompt from the previous round's policy → groups, the meta data set S; samples.jsonl keeps them
-    as text and as the ids they are trained on (decoding and encoding again need not give the same)."""
-    groups = common.encode(tokenizer, prompt_rows, [], args.run)
-    if stage.checkpoint:  # sampled before this process was started again
-        responses = [row["response_ids"] for row in audit.read_jsonl(stage.dir / "samples.jsonl")]
-        return [{**g, "responses": common.finished(r, tokenizer.eos_token_id)} for g, r in zip(groups, responses)]
-    if args.precision == "autocast":  # fp32 weights are for the meta step; sampling fits 80 GB in bf16
-        args = SimpleNamespace(**{**vars(args), "precision": "bf16"})
-    policy = common.frozen(common.load_policy(policy_dir, args), args)
-    responses = common.generate(policy, tokenizer, [g["prompt"] for g in groups], args.k, args, args.seed + args.round)
-    rows = [{"id": row["id"], "prompt": row["prompt"],
-             "responses": tokenizer.batch_decode(r, skip_special_tokens=True), "response_ids": r}
-            for row, r in zip(prompt_rows, responses)]
-    if common.rank() == 0:
-        audit.write_jsonl(stage.dir / "samples.jsonl", rows)
-    return [{**g, "responses": common.finished(r, tokenizer.eos_token_id)} for g, r in zip(groups, responses)]
+def measure_equation_17(args, path, pairs, meta, tokenizer, size=4):
+    """Cosines of the two sides of Eq. 17 at the vanilla reward model, in float64, one for each of
+    some batches; and the size of what the meta step adds, as a share of dL."""
+    model = common.load_reward_model(path, SimpleNamespace(precision="fp32")).double()
+    model.model.config._attn_implementation = "eager"  # the fused kernels have no second derivative
+    head = torch.nn.Linear(model.model.score.in_features, 1, bias=False, dtype=torch.float64)
+    head.weight.data = model.model.score.weight.data  # in float64, unlike the model's own
+    model.model.score = head
+    model.to(common.device())
+    draw, out = random.Random(args.seed), {"whole": [], "fixed": [], "size": [], "eta": args.eta}
+
+    def rewards(groups):
+        return model(common.collate(groups, tokenizer.pad_token_id, "separate"))[0]
+
+    for _ in range(args.equation_17):
+        X_t = draw.sample(pairs, min(size, len(pairs)))
+        X_s = draw.sample(meta, min(size, len(meta)))
+        dL, change, fixed, whole = equation_17(
+            lambda: vanilla_loss(rewards(X_t)), lambda: difference_loss(rewards(X_s)),  # noqa: B023
+            list(model.parameters()), args.eta)
+        for name, vector in (("whole", whole), ("fixed", fixed)):
+            cosine = torch.cosine_similarity(change, vector, dim=0).item()
+            out[name].append(round(cosine, 6))
+        out["size"].append(round((change.norm() / dL.norm()).item(), 6))
+    return out
 
 
-def all_differences(rewards):
-    """|r_i - r_j| of all pairs i < j of every prompt: [m, k] → [m * k (k - 1) / 2]."""
-    i, j = torch.triu_indices(rewards.shape[1], rewards.shape[1], 1)
-    return (rewards[:, i] - rewards[:, j]).abs().flatten()
-
-
-def figure_16(path, rewards):
-    """Figure 16: distribution of |r_i - r_j| on held-back samples, every model's [m, k] rewards on one 0-1 scale."""
-    plt = audit.pyplot()
-    figure, axis = plt.subplots(figsize=(5, 3.5))
-    differences = {name: all_differences(r) for name, r in rewards.items()}
-    top = max(d.max().item() for d in differences.values())
-    for name, d in differences.items():
-        axis.hist((d / top).tolist(), bins=40, range=(0, 1), alpha=0.6, density=True, label=name)
-    axis.set(xlabel="reward difference, normalised", ylabel="density", title="Figure 16")
-    axis.legend()
-    figure.savefig(path)
+def sample_meta(args, policy_dir, rows, run, tokenizer):
+    """k responses per prompt from the previous round's policy → groups, the meta data set S;
+    samples.jsonl keeps them as text and as the ids they are trained on (decoding and encoding again
+    need not give the same)."""
+    path = run.dir / "samples.jsonl"
+    groups = common.encode(tokenizer, rows, [], args.run)
+    if run.done:  # sampled before this process was started again
+        responses = [row["response_ids"] for row in common.read_jsonl(path)]
+    else:
+        if args.precision == "autocast":  # fp32 is for the meta step; sampling fits 80 GB in bf16
+            args = SimpleNamespace(**{**vars(args), "precision": "bf16"})
+        policy = common.frozen(common.load_policy(policy_dir, args), args)
+        responses = common.generate(policy, tokenizer, [g["prompt"] for g in groups], args.k, args,
+                                    args.seed + args.round)
+        if common.rank() == 0:
+            common.write_jsonl(path, [
+                {"id": row["id"], "prompt": row["prompt"], "response_ids": r,
+                 "responses": tokenizer.batch_decode(r, skip_special_tokens=True)}
+                for row, r in zip(rows, responses)])
+    return [{**g, "responses": common.end_in_eos(r, tokenizer.eos_token_id)}
+            for g, r in zip(groups, responses)]
 
 
 def main(argv=None):
     def add_flags(flag):
-        flag("--round", type=int, default=1, help="round r >= 1: samples come from 06_ppo/round_{r-1} (default 1)")
-        flag("--joint", type=float, metavar="LAMBDA", help="no meta step: minimise L - LAMBDA J (needs --name)")
+        flag("--round", type=int, default=1, help="r >= 1: samples come from 06_ppo/round_{r-1} "
+             "(default 1)")
         flag("--name", help="name of the output directory (default: round_R)")
-    args = audit.parse_args(__doc__, HPARAMS, add_flags, argv)
+    args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
     r = args.round
     if r < 1:
         common.die("--round must be 1 or more: round 0 is vanilla PPO, which has no MetaRM")
-    if args.name and (not audit.is_name(args.name) or args.name.startswith("round_")):
+    if args.name and (not common.is_name(args.name) or args.name.startswith("round_")):
         common.die(f"--name {args.name} cannot be a directory of 07_metarm")
-    if args.joint is not None and not args.name:
-        common.die("--joint is not MetaRM: give it a --name")
-    args.hparams |= {"joint": args.joint} if args.joint is not None else {}
-    data = audit.require(args, "00_data", "python 00_data.py")
-    strength = audit.require(args, "03_strength", "python 03_strength.py")
-    sft = audit.require(args, "01_sft", "python 01_sft.py")
-    vanilla_dir = audit.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
-    policy_dir = audit.require(args, f"06_ppo/round_{r - 1}", f"python 06_ppo.py --round {r - 1}")
+    data = common.require(args, "00_data", "python 00_data.py")
+    strength = common.require(args, "03_strength", "python 03_strength.py")
+    sft = common.require(args, "01_sft", "python 01_sft.py")
+    vanilla = common.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
+    policy = common.require(args, f"06_ppo/round_{r - 1}", f"python 06_ppo.py --round {r - 1}")
     common.setup(args)
-    stage = audit.start_stage(args, f"07_metarm/{args.name or f'round_{r}'}", [
-        "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", f"06_ppo/round_{r - 1}"])
+    run = common.begin(args, f"07_metarm/{args.name or f'round_{r}'}", [
+        "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline",
+        f"06_ppo/round_{r - 1}"])
     tokenizer = common.load_tokenizer(sft)
-    pad_id = tokenizer.pad_token_id
-    count = min(args.meta_prompts, 16 * args.limit if args.limit else args.meta_prompts)
-    rows = audit.read_jsonl(data / "prompts.jsonl")  # in the order of the sources: draw, anew each round
-    rows = random.Random(f"{args.seed} {r}").sample(rows, min(count, len(rows)))
-    groups = sample_meta(args, policy_dir, rows, stage, tokenizer)
+    rows = common.read_jsonl(data / "prompts.jsonl")  # in the sources' order: draw, anew each round
+    count = min(args.meta_prompts, 16 * (args.limit or args.meta_prompts), len(rows))
+    rows = random.Random(f"{args.seed} {r}").sample(rows, count)
+    groups = sample_meta(args, policy, rows, run, tokenizer)
     held, meta = groups[::10], [g for i, g in enumerate(groups) if i % 10] or groups
 
-    common.set_seed(args.seed)  # from here on as stage 04's baseline: same head, same order of pairs
-    _, train = common.encode_pairs(tokenizer, audit.read_jsonl(strength / "train.jsonl"), args.run)
-    valid_rows, valid = common.encode_pairs(tokenizer, audit.read_jsonl(strength / "valid.jsonl"), args.run)
-    steps = common.steps_for(args, len(train), args.batch_size, args.epochs)
+    common.set_seed(args.seed)  # from here on as stage 04's baseline: same head, same order
+    _, pairs = common.encode_pairs(tokenizer, common.read_jsonl(strength / "train.jsonl"), args.run)
+    valid_rows, valid = common.encode_pairs(
+        tokenizer, common.read_jsonl(strength / "valid.jsonl"), args.run)
     model = common.load_reward_model(sft, args, head_seed=args.seed)
-    engine = common.make_engine(model, args, args.batch_size, args.lr, steps, args.warmup)
-    layout = common.choose_layout(args, lambda batch: engine(batch)[0], train)
+    rm = common.RewardEngine(model, args, tokenizer, pairs, common.steps_for(args, len(pairs)))
+    if not run.done:
+        run.state["J_initial"] = difference_loss(rm.score(held)).item()
+    rewards = {}                                                                # [m, k] each
 
-    def J(X):
-        """Eq. 11 on a micro batch, at the present parameters."""
-        return difference_loss(engine(common.collate(X, pad_id, layout))[0])       # of rewards [m, k]
+    def evaluate(step, X_s):
+        """J on held-back samples at theta and, after one more ascent, at theta'; accuracies."""
+        rewards["theta"] = rm.score(held)
+        backward(rm, difference_loss, X_s)
+        theta = ascend(rm.engine, args.eta)
+        rewards["theta_prime"] = rm.score(held)
+        restore(rm.engine, theta)
+        result = common.accuracies(rm.score(valid), valid_rows)
+        run.log(step, **{f"J_{k}": difference_loss(x).item() for k, x in rewards.items()}, **result)
+        return result
 
-    def L(X):
-        """Eq. 10 on a micro batch, at the present parameters."""
-        rewards, _ = engine(common.collate(X, pad_id, layout))                     # [n, 2]
-        return denoise.preference_loss(rewards[:, 0], rewards[:, 1])
-
-    def micros(loss, X):
-        return [partial(loss, x) for x in common.micro_batches(X, args.micro_batch_size)]
-
-    def held_back():
-        return common.score(engine, held, args, layout, pad_id)                    # [m, k]
-
-    pair_batches = common.batches(train, args.batch_size, steps, args.seed)
-    meta_batches = common.batches(meta, args.meta_batch_size, steps, args.seed + 1)
-    done, state = audit.resume(stage, {"rm": engine}, steps)
-    before = state["J_initial"] if done else difference_loss(held_back()).item()
-    at = {}                                                                        # last held-back rewards
-    steps_left = islice(zip(pair_batches, meta_batches), done, None)
-    for step, (X_t, X_s) in enumerate(common.progress(steps_left, stage.name, steps, done), done + 1):
-        measured = step % args.eval_every == 0 or step == steps
-        if args.joint is None:
-            backward(engine, micros(J, X_s))                                       # Algorithm 1, line 4, Eq. 11
-            theta = ascend(engine, args.eta)                                       # line 5, Eq. 12: theta'
-            if measured:
-                at["theta_prime"] = held_back()
-            loss = backward(engine, micros(L, X_t))                                # line 6, Eq. 13: at theta'
-            restore(engine, theta)
-        else:
-            # no theta', no J of its own: `loss` is L - lambda J
-            loss = backward(engine, joint_loss(micros(L, X_t), micros(J, X_s), args.joint))
-        if measured:
-            at["theta"] = held_back()
-        grad_norm = common.step(engine)                                            # line 7, Eq. 14: at theta
-        if measured:
-            result = denoise.accuracies(common.score(engine, valid, args, layout, pad_id),
-                                        denoise.three_sets(valid_rows))
-            J_held = {f"J_{name}": difference_loss(x).item() for name, x in at.items()}
-            audit.log_metrics(stage, step, loss=loss, **J_held, **result)
-        audit.end_step(stage, step, X_t + X_s, {"J_initial": before}, loss=loss, grad_norm=grad_norm)
-
-    common.save_model(engine, stage.dir, tokenizer)
-    vanilla = common.frozen(common.load_reward_model(vanilla_dir, args), args)
-    rewards = {"theta": held_back(), "vanilla": common.score(vanilla, held, args, layout, pad_id)}     # [m, k]
-    if "theta_prime" in at:
-        rewards["theta_prime"] = at["theta_prime"]
+    result = train(run, rm, pairs, meta, evaluate)
+    rm.save(run.dir)
+    rewards["vanilla"] = common.score_by(vanilla, held, args, tokenizer)
     if common.rank() == 0:
-        figure_16(Path(stage.dir) / "figure_16.png", rewards)
-        audit.write_text(stage.dir / "held_back.json", json.dumps({n: x.tolist() for n, x in rewards.items()}) + "\n")
-    audit.finish_stage(stage, {
-        "J_initial": before, "J_theta": difference_loss(rewards["theta"]).item(),
-        "J_vanilla": difference_loss(rewards["vanilla"]).item(),
-        **{f"{name}_last_step": value for name, value in J_held.items()},
-        "mean_difference": all_differences(rewards["theta"]).mean().item(),
-        "mean_difference_vanilla": all_differences(rewards["vanilla"]).mean().item(), **result, "steps": steps})
-    common.free(engine)
+        common.write_text(run.dir / "held_back.json", json.dumps({name: {
+            "rewards": x.tolist(), "differences": all_differences(x).tolist(),
+            "J": [round(difference_loss(row[None]).item(), 6) for row in x]}
+            for name, x in rewards.items()}) + "\n")
+        if args.equation_17:
+            found = measure_equation_17(args, vanilla, pairs, groups, tokenizer)
+            common.write_text(run.dir / "equation_17.json", json.dumps(found) + "\n")
+    run.finish(J_initial=run.state["J_initial"],
+               **{f"J_{name}": difference_loss(x).item() for name, x in rewards.items()},
+               **{f"mean_difference_{name}": all_differences(x).mean().item()
+                  for name, x in rewards.items()}, **result)
 
 
 if __name__ == "__main__":
-    audit.run(main)
+    common.launch(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, all_cores, deepspeed, run
 
-import audit
+from lab import base, manifest, record, verify
 
 WORKER = [sys.executable, ROOT / "tests/pipeline_worker.py"]
 
@@ -36,11 +36,11 @@ def wait_for(condition, process, seconds=90):
 
 
 def manifests_of(out):
-    return {n: json.loads((out / n / "manifest.json").read_text()) for n in audit.finished(out)}
+    return {n: json.loads((out / n / "manifest.json").read_text()) for n in manifest.finished(out)}
 
 
 def head(out):
-    return audit.head(manifests_of(out))
+    return manifest.head(manifests_of(out))
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +81,9 @@ def test_sigkill_at_twelve_moments_changes_nothing(audited, tmp_path):
     run(*WORKER, out)
     print(f"{kills} kills, unfinished after one: {sorted(hit)}")
     assert kills == 12 and len(hit) >= 4
-    assert head(out) == head(undisturbed) and audit.verify(out)
-    assert not list(out.rglob("*.partial")) and not list(out.rglob("*.tmp")) and not list(out.rglob("checkpoint*"))
+    assert head(out) == head(undisturbed) and verify.verify(out)
+    assert not [p for p in out.rglob("*") if p.name.endswith((".partial", ".tmp")) or
+                p.name.startswith("checkpoint")]
 
 
 @pytest.mark.parametrize("processes, cases", [
@@ -114,7 +115,7 @@ def test_sigkill_of_two_processes(run_copy, tmp_path):
     text = deepspeed(2, *flags).stdout
     killed = json.loads((run_copy / "04_rm_denoise/mine/manifest.json").read_text())["outputs"]
     assert f"goes on after step {step} of " in text and step >= 6
-    deepspeed(2, *flags)
+    deepspeed(2, *flags, "--restart")
     undisturbed = json.loads((run_copy / "04_rm_denoise/mine/manifest.json").read_text())["outputs"]
     assert killed == undisturbed
 
@@ -126,7 +127,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, num
     # --limit 40 evaluates at steps 0 and 40 only: the first line means that the loop has begun or is about to
     assert wait_for(lambda: (partial / "metrics.jsonl").exists() and (partial / "metrics.jsonl").stat().st_size, process)
     process.send_signal(number)
-    text = (tmp_path / "log").read_text() if process.wait() == audit.STOPPED else ""
+    text = (tmp_path / "log").read_text() if process.wait() == record.STOPPED else ""
     assert re.search(rf"stopped by {number.name} after step \d+ of \d+.*the same command goes on", text), text
     assert len(list(partial.glob("checkpoint_*"))) == 1 and not (run_copy / "04_rm_denoise/mine").exists()
     # other hyperparameters, seed or world size are refused with the differences, and nothing is lost
@@ -141,8 +142,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, num
         state.write_bytes(data)
         damaged = run(*command, check=False)
         assert damaged.returncode == 2 and "is damaged" in damaged.stdout and state.name in damaged.stdout
-        assert "kept as" in run(*command, "--restart").stdout
-        assert (run_copy / "04_rm_denoise/mine.partial.stale-1").exists()
+        assert "goes on after step" not in run(*command, "--restart").stdout
     else:
         assert "goes on after step" in run(*command).stdout
     assert (run_copy / "04_rm_denoise/mine/manifest.json").exists()
@@ -150,7 +150,6 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, num
 
 def test_the_driver_passes_a_signal_on(copy, tmp_path):
     """SIGTERM to run_all.sh while a model trains: the stage stops, exit code 75, the command to go on is printed."""
-    shutil.rmtree(copy / "02_rm_ensemble/figures")
     shutil.rmtree(copy / "02_rm_ensemble/rm_01")
     command = ["bash", "run_all.sh", "--out", copy, "--rounds", 1]
     process = start(tmp_path / "log", *command)
@@ -159,7 +158,7 @@ def test_the_driver_passes_a_signal_on(copy, tmp_path):
     process.send_signal(signal.SIGTERM)
     code, text = process.wait(), (tmp_path / "log").read_text()
     assert code == 75 and f"go on with: bash run_all.sh --out {copy} --rounds 1" in text, text[-2000:]
-    assert not (copy / "02_rm_ensemble/figures").exists()  # it did not run to its end
+    assert not (copy / "02_rm_ensemble/rm_09").exists()  # it did not run to its end
 
 
 # ---------------------------------------------------------------- one at a time, and what stops a run
@@ -180,11 +179,12 @@ def test_a_second_process_is_refused_while_one_works(copy):
 BAD_RUN = """
 import importlib, json, os, sys
 from pathlib import Path
-import audit, common
+import common
+from lab import base, manifest, record, verify
 out = sys.argv[1]
 def go(name, *flags):
     sys.argv = [name + ".py"]
-    try: audit.run(lambda: importlib.import_module(name).main(["--out", out, *flags]))
+    try: record.launch(lambda: importlib.import_module(name).main(["--out", out, *flags]))
     except SystemExit as stop: return stop.code
     return 0
 """
@@ -219,26 +219,26 @@ print("CODE", go("04_rm_denoise", "--methods", "margin", "--limit", "10", "--sav
 def test_a_full_disk_is_one_line_and_finished_stages_stay(copy):
     done = python("""
 import errno
-write = audit.write_text
+write = base.write_text
 def full(path, text):
     if "03_strength.partial" in str(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
     write(path, text)
-audit.write_text = full
+base.write_text = full
 print("CODE", go("03_strength", "--M", "2"))
 """, copy)
     lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
     assert "CODE 2" in done.stdout and len(lines) == 1 and "No space left on device" in lines[0], done.stdout[-2000:]
     assert "Traceback" not in done.stdout and not (copy / "03_strength.partial").exists()
-    assert audit.verify(copy)
+    assert verify.verify(copy)
 
 
 # ---------------------------------------------------------------- verify
 
 def test_verify_holds_and_prints_the_head(audited):
-    done = run(sys.executable, "common.py", "verify", audited[0])
+    done = run(sys.executable, "-m", "lab.verify", audited[0])
     lines = done.stdout.splitlines()
-    names = audit.finished(audited[0])
+    names = manifest.finished(audited[0])
     assert len([x for x in lines if x.startswith("ok ")]) == len(names) >= 16
     assert lines[0].split()[1] == "08_evaluate" and lines[len(names) - 1].split()[1] == "00_data"  # back to the data
     assert lines[-2] == f"all {len(names)} stages hold" and lines[-1] == f"head {head(audited[0])}"
@@ -247,14 +247,14 @@ def test_verify_holds_and_prints_the_head(audited):
 def kinds(out):
     """One file of each kind: by name, or by suffix where the name is a number."""
     found = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES - {"run.json"}):
+    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES - {"run.json"}):
         found.setdefault(path.name if path.suffix != ".png" else path.suffix, path)
     return list(found.values())
 
 
 def bad_lines(out, capsys):
     capsys.readouterr()
-    holds = audit.verify(out)
+    holds = verify.verify(out)
     text = capsys.readouterr().out
     lines = [x for x in text.splitlines() if x.startswith("BAD")]
     assert holds == (not lines)
@@ -303,24 +303,25 @@ def test_a_missing_stage_other_code_and_paths_outside_are_named(copy, capsys):
     path = copy / "01_sft/manifest.json"
     for change, words in (({"code": {"01_sft.py": "0" * 64}}, "made by other code: 01_sft.py of commit"),
                           ({"outputs": {"../../etc/passwd": "0" * 64}}, "changed: 01_sft/manifest.json")):
-        text, manifest = path.read_text(), json.loads(path.read_text())
-        manifest |= change
-        path.write_text(audit.canonical({**manifest, "digest": audit.digest_of(manifest)}))
+        text, found = path.read_text(), json.loads(path.read_text())
+        found |= change
+        path.write_text(manifest.canonical({**found, "digest": manifest.digest_of(found)}))
         assert words in bad_lines(copy, capsys)
         path.write_text(text)
     assert bad_lines(copy, capsys) == ""
 
 
-def test_a_cached_hash_is_not_trusted_by_verify(copy, capsys):
-    """Same size, mtime and inode, other bytes: the pipeline's cache does not see it, verify does."""
-    audit.lock(copy)  # only who holds the run writes its cache
+def test_only_verify_reads_every_byte(copy, capsys):
+    """Same size, old mtime, other bytes: the pipeline takes the manifest's word, verify does not;
+    a file younger than its manifest is read by both."""
     path = copy / "01_sft/model.safetensors"
-    known = audit.cached_sha256(copy, ["01_sft/model.safetensors"])
+    known = manifest.hash_now(copy, "01_sft/model.safetensors")
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+    assert manifest.hash_now(copy, "01_sft/model.safetensors") != known
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert audit.cached_sha256(copy, ["01_sft/model.safetensors"]) == known
+    assert manifest.hash_now(copy, "01_sft/model.safetensors") == known
     assert "changed: 01_sft/model.safetensors" in bad_lines(copy, capsys)
 
 
@@ -328,7 +329,7 @@ def test_a_cached_hash_is_not_trusted_by_verify(copy, capsys):
 
 def test_replay_of_every_stage(copy, tmp_path):
     """In one process instead of one each; a recorded hash that is not reproduced is named."""
-    stages = sorted({n.split("/")[0] if n[:2] in ("02", "04", "05") else n for n in audit.finished(copy)})
+    stages = sorted({n.split("/")[0] if n[:2] in ("02", "04", "05") else n for n in manifest.finished(copy)})
     done = python(f"""
 import subprocess
 def in_process(command):
@@ -336,15 +337,14 @@ def in_process(command):
     sys.argv = command[1:]
     importlib.import_module(name).main(command[2:])
     return subprocess.CompletedProcess(command, 0)
-audit.subprocess = type("", (), {{"run": staticmethod(lambda c, **k: in_process(c) if c[0] == sys.executable
-                                                      else subprocess.run(c, **k))}})
+verify.subprocess = type("", (), {{"run": staticmethod(in_process)}})
 for stage in {stages!r}:
-    print("REPLAY", stage, audit.replay(Path(out), stage), flush=True)
+    print("REPLAY", stage, verify.replay(Path(out), stage), flush=True)
 path = Path(out, "03_strength/manifest.json")
-manifest = json.loads(path.read_text())
-manifest["outputs"]["03_strength/train.jsonl"] = "0" * 64
-path.write_text(audit.canonical({{**manifest, "digest": audit.digest_of(manifest)}}))
-print("REPLAY false", audit.replay(Path(out), "03_strength"))
+m = json.loads(path.read_text())
+m["outputs"]["03_strength/train.jsonl"] = "0" * 64
+path.write_text(manifest.canonical({{**m, "digest": manifest.digest_of(m)}}))
+print("REPLAY false", verify.replay(Path(out), "03_strength"))
 """, copy)
     results = [x.split()[1:] for x in done.stdout.splitlines() if x.startswith("REPLAY")]
     assert results == [[s, "True"] for s in stages] + [["false", "False"]], done.stdout[-3000:]
@@ -354,7 +354,7 @@ print("REPLAY false", audit.replay(Path(out), "03_strength"))
 def test_replay_by_the_command(copy):
     done = run("bash", "run_all.sh", "replay", "--out", copy, "--stage", "02_rm_ensemble")
     assert [x for x in done.stdout.splitlines() if x.startswith(("ok", "BAD"))] == [
-        f"ok   02_rm_ensemble/{n}  {k} files equal" for n, k in (("figures", 2), ("rm_00", 5), ("rm_01", 5))]
+        f"ok   02_rm_ensemble/{n}  5 files equal" for n in ("rm_00", "rm_01")]
     done = run("bash", "run_all.sh", "replay", "--out", copy, "--stage", "02_rm", check=False)
     assert done.returncode == 2 and "no finished stage 02_rm" in done.stdout
 
@@ -368,32 +368,86 @@ def test_equal_runs_have_equal_heads_and_another_seed_has_not(audited, tmp_path)
     run(sys.executable, tmp_path / "worker.py", a), run(sys.executable, tmp_path / "worker.py", b, "--seed", 1)
     full, other = manifests_of(a), manifests_of(b)
     whole = manifests_of(audited[0])
-    assert audit.head(full) == audit.head({n: whole[n] for n in full}) != audit.head(other)
+    assert manifest.head(full) == manifest.head({n: whole[n] for n in full}) != manifest.head(other)
     for name in full:  # the seed has an effect in every stage
         weights = f"{name}/model.safetensors" if name != "00_data" else "00_data/train.jsonl"
         if weights in full[name]["outputs"]:
             assert full[name]["outputs"][weights] != other[name]["outputs"][weights], name
 
 
+def states(*flags):
+    """{stage: run or skip} that lab/experiments.py has for the driver, and its notes."""
+    text = run(sys.executable, "lab/experiments.py", "--plan", *flags).stdout
+    rows = [line.split("\t") for line in text.splitlines()]
+    return {row[1]: row[0] for row in rows if row[0] != "note"}, \
+        [row[1] for row in rows if row[0] == "note"]
+
+
 def test_a_changed_input_runs_what_was_made_from_it_again(copy):
-    """The driver says which input; old directories stay aside until the new ones are complete."""
-    audit.cached_sha256(copy, [])
+    """The driver says which input; an old directory stays until the new one is complete."""
+    for m in range(2, 10):  # the plan asks for ten voters
+        shutil.copytree(copy / "02_rm_ensemble/rm_01", copy / f"02_rm_ensemble/rm_{m:02d}")
+        path = copy / f"02_rm_ensemble/rm_{m:02d}/manifest.json"
+        text = path.read_text().replace("rm_01", f"rm_{m:02d}")
+        found = json.loads(text)
+        path.write_text(manifest.canonical({**found, "digest": manifest.digest_of(found)}))
+    assert set(states("--out", copy, "--rounds", 1, "--to", "08")[0].values()) == {"skip"}
     path = copy / "00_data/prompts.jsonl"  # an input of 06 and 07 only
     path.write_text("".join(path.read_text().splitlines(True)[1:]))
-    changed = run(sys.executable, "common.py", "changed", copy).stdout.split("\n")[:-1]
-    assert changed == [f"{n} 00_data/prompts.jsonl" for n in (
-        "08_evaluate", "06_ppo/round_0", "06_ppo/round_1", "07_metarm/round_1")]
-    done = run("bash", "run_all.sh", "--out", copy, "--rounds", 1)
-    assert "06_ppo/round_0 was made from another 00_data/prompts.jsonl than is here now: it runs again" in done.stdout
-    assert "04_rm_denoise is complete, skipped" in done.stdout and done.stdout.count("until the new one is complete") == 4
-    assert not [p for p in copy.rglob("*.stale-*")]
-    assert run(sys.executable, "common.py", "changed", copy).stdout == ""
-    assert "changed: 00_data/prompts.jsonl" in run(sys.executable, "common.py", "verify", copy, check=False).stdout
+    done = run("bash", "run_all.sh", "--out", copy, "--rounds", 1, "--to", "08")
+    assert "06_ppo/round_0 was made from another 00_data/prompts.jsonl than is here now: it runs " \
+        "again" in done.stdout
+    assert "04_rm_denoise is complete, skipped" in done.stdout
+    assert done.stdout.count("minutes taken") == 4
+    assert set(states("--out", copy, "--rounds", 1, "--to", "08")[0].values()) == {"skip"}
+    text = run(sys.executable, "-m", "lab.verify", copy, check=False).stdout
+    assert "changed: 00_data/prompts.jsonl" in text
 
 
 def test_a_directory_killed_before_its_last_rename_counts_as_complete(copy):
     (copy / "08_evaluate").rename(copy / "08_evaluate.partial")
-    assert run(sys.executable, "common.py", "changed", copy).stdout == "" and (copy / "08_evaluate").exists()
+    states("--out", copy)
+    assert (copy / "08_evaluate/manifest.json").exists()
+
+
+def test_the_users_own_files_and_model_are_inputs(small_run, tmp_path, capsys):
+    """Rows of --preferences edited, weights of a local --model changed: the driver runs what was
+    made from them again, verify and replay name them; gone, they are not missed."""
+    rows = [json.loads(line) for line in (small_run / "00_data/train.jsonl").open()][:60]
+    own, model, out = tmp_path / "own.jsonl", tmp_path / "model", tmp_path / "out"
+    own.write_text("".join(json.dumps({k: r[k] for k in ("prompt", "chosen", "rejected")}) + "\n"
+                           for r in rows))
+    shutil.copytree(small_run / "01_sft", model)
+    flags = ["--preferences", own, "--model", model, "--limit", 1]
+    for stage in (["00_data.py", *flags], ["01_sft.py"]):
+        run(sys.executable, *stage, "--out", out)
+    given = [*flags, "--out", f"{out}/../out/"]  # the same flags, spelt in another way
+    assert list(states(*given)[0].items())[:3] == [
+        ("00_data", "skip"), ("01_sft", "skip"), ("02_rm_ensemble", "run")]
+    recorded = json.loads((out / "00_data/manifest.json").read_text())["inputs"]
+    assert recorded[str(own)] == base.sha256(own) and str(model / "tokenizer.json") in recorded
+    assert bad_lines(out, capsys) == ""
+    weights = model / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    planned, notes = states("--out", out)
+    assert planned["00_data"] == "skip" and planned["01_sft"] == "run"
+    assert notes == [f"01_sft was made from another {weights} than is here now: it runs again, "
+                     "and all after it"]
+    assert bad_lines(out, capsys) == f"BAD  01_sft  made from another {weights}"
+    done = run(sys.executable, "-m", "lab.verify", out, "--replay", "01_sft", check=False)
+    assert done.returncode == 2 and f"made from another {weights}" in done.stdout
+    weights.write_bytes(data)
+    with own.open("a") as file:
+        file.write(json.dumps({"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}) + "\n")
+    assert states("--out", out)[0]["00_data"] == "run"
+    assert f"made from another {own}" in bad_lines(out, capsys)
+    own.unlink()
+    shutil.rmtree(model)
+    assert list(states("--out", out)[0].values())[:2] == ["skip", "skip"]
+    assert bad_lines(out, capsys) == "" and manifest.finished(out)
+    done = run("bash", "run_all.sh", "--limit", 2, "--out", out, check=False)
+    assert done.returncode == 2 and "--limit (1 then, 2 now)" in done.stdout
 
 
 # ---------------------------------------------------------------- bad input
@@ -408,14 +462,14 @@ def test_a_directory_killed_before_its_last_rename_counts_as_complete(copy):
 ])
 def test_bad_flags_of_a_stage_are_one_line(copy, stage, flags, words, capsys):
     from importlib import import_module
-    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES}
     with pytest.raises(SystemExit) as stop:
-        audit.run(lambda: import_module(stage).main(["--out", str(copy), *flags]))
+        record.launch(lambda: import_module(stage).main(["--out", str(copy), *flags]))
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), captured.err
     assert all(word in lines[0] for word in words), lines[0]
-    assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+    assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES}
 
 
 def test_bad_models_and_stages_are_one_line(copy, tmp_path):
@@ -424,31 +478,32 @@ def test_bad_models_and_stages_are_one_line(copy, tmp_path):
 import contextlib, io, shutil
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import torch
-base, tmp = Path(out), Path(sys.argv[2])
+before, tmp = Path(out), Path(sys.argv[2])
 def case(name, stage, *flags, model=None, run=None):
     global out
     out = str(tmp / name)
-    if not Path(out).exists(): shutil.copytree(base, out)
+    if not Path(out).exists(): shutil.copytree(before, out)
     if model is not None:
         run = json.loads(Path(out, "run.json").read_text()) | {"model": str(model)} | (run or {})
         Path(out, "run.json").write_text(json.dumps(run))
-    before = {p: p.stat().st_mtime_ns for p in Path(out).rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+    stamps = lambda: {p: p.stat().st_mtime_ns for p in Path(out).rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES}
+    old = stamps()
     error = io.StringIO()
     with contextlib.redirect_stderr(error): code = go(stage, *flags)
-    same = before == {p: p.stat().st_mtime_ns for p in Path(out).rglob("*") if p.is_file() and p.name not in audit.ROOT_FILES}
+    same = old == stamps()
     lines = [x for x in error.getvalue().splitlines() if "error:" in x or "Traceback" in x]
     print("CASE", json.dumps([name, code, same, lines]), flush=True)
-    audit.open_stages.clear(), audit.aside.clear()
+    record.open_stages.clear()
 
 def policy(name, change=None, vocabulary=None, context=4096):
-    tokenizer = AutoTokenizer.from_pretrained(base / "01_sft")
+    tokenizer = AutoTokenizer.from_pretrained(before / "01_sft")
     if change: change(tokenizer)
     LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), hidden_size=16, intermediate_size=32,
         num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=context)).save_pretrained(tmp / name)
     tokenizer.save_pretrained(tmp / name)
     return tmp / name
 
-case("reward model as policy", "01_sft", model=base / "04_rm_denoise/baseline")
+case("reward model as policy", "01_sft", model=before / "04_rm_denoise/baseline")
 case("no eos", "01_sft", model=policy("m1", lambda t: setattr(t, "eos_token", None)))
 case("vocabulary", "01_sft", model=policy("m2", vocabulary=100))
 case("context", "01_sft", model=policy("m3", context=64))
@@ -459,33 +514,33 @@ torch.save(AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled /
 (pickled / "model.safetensors").unlink()
 case("pickled", "01_sft", model=pickled)
 name = "policy as reward model"
-shutil.copytree(base, tmp / name)
+shutil.copytree(before, tmp / name)
 for file in (tmp / name / "01_sft").iterdir():
     if file.name != "manifest.json": shutil.copy(file, tmp / name / "04_rm_denoise/baseline" / file.name)
 case(name, "06_ppo", "--round", "0")
 name = "a copy"
-shutil.copytree(base, tmp / name)
+shutil.copytree(before, tmp / name)
 shutil.rmtree(tmp / name / "04_rm_denoise/flip")
-shutil.copytree(base / "04_rm_denoise/margin", tmp / name / "04_rm_denoise/flip")
+shutil.copytree(before / "04_rm_denoise/margin", tmp / name / "04_rm_denoise/flip")
 case(name, "06_ppo", "--rm", "flip")
 name = "of another run"
-shutil.copytree(base, tmp / name)
+shutil.copytree(before, tmp / name)
 with open(tmp / name / "02_rm_ensemble/rm_01/model.safetensors", "ab") as file: file.write(b" ")
 case(name, "04_rm_denoise")
 name = "malformed row"
-shutil.copytree(base, tmp / name)
+shutil.copytree(before, tmp / name)
 with open(tmp / name / "00_data/train.jsonl", "a") as file: file.write("{half")
 case(name, "02_rm_ensemble")
 name = "damaged manifest"
-shutil.copytree(base, tmp / name)
+shutil.copytree(before, tmp / name)
 (tmp / name / "01_sft/manifest.json").write_text("{")
 case(name, "02_rm_ensemble")
 name = "damaged run.json"
-shutil.copytree(base, tmp / name)
+shutil.copytree(before, tmp / name)
 (tmp / name / "run.json").write_text("")
 case(name, "02_rm_ensemble")
 name = "input deleted"
-shutil.copytree(base, tmp / name)
+shutil.copytree(before, tmp / name)
 (tmp / name / "01_sft/model.safetensors").unlink()
 case(name, "02_rm_ensemble")
 """, copy, tmp_path)

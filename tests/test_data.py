@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 data = importlib.import_module("00_data")
+from lab import formats  # noqa: E402
 REAL = ROOT.parent / "shared" / "data" / "hh_harmless_sample.jsonl.gz"
 HI = "\n\nHuman: Hi\n\nAssistant:"
 
@@ -49,11 +50,11 @@ def contents(out):
 
 
 def read(row, kind="pairs", model="tiny"):
-    return data.read_row(row, kind, model, "general")
+    return formats.read_row(row, kind, model, "general")
 
 
 def dropped(row, kind="pairs"):
-    with pytest.raises(data.Drop) as reason:
+    with pytest.raises(formats.Drop) as reason:
         read(row, kind)
     return str(reason.value)
 
@@ -379,10 +380,10 @@ def test_any_row_is_kept_dropped_or_reported(row, kind):
     before = repr(row)
     try:
         clean = read(row, kind)
-    except data.Drop as reason:
+    except formats.Drop as reason:
         assert str(reason) in ("no assistant turn", "prompts differ", "empty prompt", "empty response",
                                "identical responses")
-    except data.Bad as problem:
+    except formats.Bad as problem:
         assert str(problem) and "\n" not in str(problem)
     else:
         again = json.loads(json.dumps(clean, ensure_ascii=False, allow_nan=False).encode())

@@ -71,9 +71,14 @@ def test_by_strength_cuts_an_ascending_partition(n, count):
     assert len(groups) == min(n, count) and max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
-def test_agreement_leaves_rows_without_a_verdict_out():
-    assert strength.agreement([{"judge_label": x} for x in (1, 0, 1, -1, 1)] + [{}]) == 0.75
-    assert math.isnan(strength.agreement([{"judge_label": -1}]))
+def test_consistency_takes_the_weakest_the_middle_and_the_strongest_group():
+    """Twelve verdicts on strengths -5.5 .. 5.5, groups of two; pairs without a verdict are out."""
+    rows = [{strength.MEAN: i - 5.5, "judge_label": int(i > 6)} for i in range(12)]
+    found = strength.consistency(rows + [{strength.MEAN: 9.0, "judge_label": -1}, {strength.MEAN: 0}], 2)
+    assert (found["weakest"], found["near_zero"], found["strongest"]) == ([0, 0], [0, 0], [1, 1])
+    assert found["groups"][:2] == [(-5.0, 0), (-3.0, 0)] and len(found["groups"]) == 6
+    assert strength.consistency(rows, 500)["group_size"] == 4  # no more than a third
+    assert strength.consistency([{strength.MEAN: 1.0}], 2) == {}
 
 
 # ---------------------------------------------------------------- 04: Eqs. 2, 5, 6
@@ -193,14 +198,14 @@ def test_accuracies_on_the_three_sets():
     """Original: every pair as labelled. Judge: label 0 inverts, -1 or none is left out. Consistent: label 1 only."""
     rows = [{"judge_label": 1}, {"judge_label": 0}, {"judge_label": 0}, {"judge_label": -1}, {}, {"judge_label": 1}]
     rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
-    result = denoise.accuracies(rewards, denoise.three_sets(rows))
+    result = common.accuracies(rewards, rows)
     assert result == {"accuracy_original": 3 / 6, "accuracy_judge": 2 / 4, "accuracy_consistent": 1 / 2}
 
 
 def test_a_tie_counts_as_wrong_for_both_labels():
     rows = [{"judge_label": 1}, {"judge_label": 0}]
-    assert set(denoise.accuracies(torch.ones(2, 2), denoise.three_sets(rows)).values()) == {0.0}
-    assert denoise.accuracies(torch.tensor([[1.0, 0.0]]), denoise.three_sets([{}])) == {"accuracy_original": 1.0}
+    assert set(common.accuracies(torch.ones(2, 2), rows).values()) == {0.0}
+    assert common.accuracies(torch.tensor([[1.0, 0.0]]), [{}]) == {"accuracy_original": 1.0}
 
 
 # ---------------------------------------------------------------- 05: Eqs. 7, 8, 9 and Sinkhorn
@@ -497,9 +502,9 @@ def test_shape_rewards_by_loops(seed, kl_beta):
     assert_close(rewards, torch.from_numpy(expected))
 
 
-def test_finished_ends_every_response_in_eos_once():
+def test_end_in_eos_ends_every_response_in_eos_once():
     responses = [[5, 1], [5, 6]]
-    assert common.finished(responses, 1) == [[5, 1], [5, 6, 1]] and responses == [[5, 1], [5, 6]]
+    assert common.end_in_eos(responses, 1) == [[5, 1], [5, 6, 1]] and responses == [[5, 1], [5, 6]]
 
 
 @examples
@@ -562,72 +567,31 @@ def test_difference_loss_gradient_spreads_rewards():
 
 # ---------------------------------------------------------------- 08: win, tie, lose
 
-@pytest.mark.parametrize("n", [1, 2, 10, 97, 1000])
-def test_wilson_equals_scipy(n):
-    for k in sorted({0, 1, n // 3, n // 2, n - 1, n}):
-        interval = binomtest(k, n).proportion_ci(0.95, method="wilson")
-        assert evaluate.wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-6)
-
-
-def test_wilson_of_nothing_is_the_whole_range():
-    assert evaluate.wilson(0, 0) == (0.0, 1.0)
-
-
-TEXTS = ["long answer", "short", "same size!", "", "another"]
-OTHERS = ["brief", "much longer", "size, same", "x", "ehtorna"]
-PROMPTS = [f"p{i}" for i in range(len(TEXTS))]
-
-
-def by_length(prompts, responses):
-    return [len(r) for r in responses]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_verdicts_of_a_deterministic_judge_do_not_depend_on_the_order_shown(seed):
-    expected = ["win", "lose", "tie", "lose", "tie"]
-    opposite = {"win": "lose", "lose": "win", "tie": "tie"}
-    assert evaluate.judge(PROMPTS, TEXTS, OTHERS, by_length, seed) == expected
-    assert evaluate.judge(PROMPTS, OTHERS, TEXTS, by_length, seed) == [opposite[v] for v in expected]
-
-
-def test_a_judge_who_favours_the_first_text_favours_neither_policy():
-    """The order shown is random: with equal texts such a judge gives each side about half."""
-    points = iter([1.0, 0.0])  # for the texts shown first, for those shown second
-
-    def first_wins(prompts, responses):
-        return [next(points)] * len(responses)
-    n = 400
-    verdicts = evaluate.judge(["p"] * n, ["a"] * n, ["b"] * n, first_wins, seed=0)
-    assert verdicts.count("tie") == 0 and abs(verdicts.count("win") - n / 2) < 4 * math.sqrt(n / 4)
-
-
-def test_judge_pairs_every_response_with_its_own_prompt():
-    seen = []
-
-    def score(prompts, responses):
-        seen.extend(zip(prompts, responses))
-        return [0.0] * len(prompts)
-    assert evaluate.judge(PROMPTS, TEXTS, OTHERS, score, 0) == ["tie"] * len(TEXTS)
-    assert sorted(seen) == sorted([*zip(PROMPTS, TEXTS), *zip(PROMPTS, OTHERS)])
+def test_verdicts_and_the_best_round():
+    """Chosen on the prompts of even place, measured on the odd ones: round 1 leads on the even
+    ones, round 2 on the odd ones; the first of equals is taken."""
+    assert [evaluate.verdict(*x) for x in ((1.0, 0.5), (0.5, 1.0), (1.0, 1.0 + 1e-12))] == [1, -1, 0]
+    scores = {"sft": [0.0] * 8, "round_0": [0.0] * 8, "round_1": [1.0, -1.0] * 4,
+              "round_2": [-1.0, 1.0] * 4, "round_3": [1.0, 0.0] * 4}
+    rows = [{}] * 4
+    verdicts = evaluate.judge_all({p: x * 1 for p, x in scores.items()},
+                                  {"eval_harmless": rows, "ood_harmless": rows})
+    assert verdicts["eval_harmless"]["round_1"] == {"sft": [1, -1, 1, -1], "round_0": [1, -1, 1, -1]}
+    best, unseen = evaluate.best_rounds(verdicts)
+    assert best == {"harmless": "round_1"}
+    assert unseen == {"eval_harmless": [1, 3], "ood_harmless": [0, 1, 2, 3]}
+    every, three = evaluate.tables(verdicts, best, unseen)
+    assert len(every) == 2 * (1 + 3 * 2)
+    found = {(r["set"], r["opponent"]): (r["win"], r["lose"], r["n"]) for r in three}
+    assert found == {("eval_harmless", "sft"): (0.0, 1.0, 2), ("eval_harmless", "round_0"): (0, 1, 2),
+                     ("ood_harmless", "sft"): (0.5, 0.5, 4), ("ood_harmless", "round_0"): (0.5, 0.5, 4)}
 
 
 def test_compare_counts_shares():
-    verdicts = ["win"] * 6 + ["tie"] * 1 + ["lose"] * 3
+    verdicts = [1] * 6 + [0] + [-1] * 3
     random.Random(0).shuffle(verdicts)
     found = evaluate.compare(verdicts)
     assert (found["n"], found["win"], found["tie"], found["lose"]) == (10, 0.6, 0.1, 0.3)
     for verdict, k in (("win", 6), ("lose", 3)):
         interval = binomtest(k, 10).proportion_ci(0.95, method="wilson")
         assert found[f"{verdict}_interval"] == pytest.approx((interval.low, interval.high), abs=1e-6)
-
-
-def test_joint_loss_is_the_mean_of_L_minus_lambda_times_that_of_J():
-    """`backward` takes the mean of the micro batches' losses, whatever their numbers: its value and its gradient."""
-    theta = torch.tensor([2.0, -1.0], requires_grad=True)
-    L = [lambda i=i: (theta ** i).sum() for i in (1, 2)]
-    J = [lambda i=i: (theta * i).exp().sum() for i in (1, 2, 3)]
-    losses = metarm.joint_loss(L, J, 0.3)
-    mean = sum(f() for f in losses) / len(losses)
-    expected = sum(f() for f in L) / 2 - 0.3 * sum(f() for f in J) / 3
-    torch.testing.assert_close(mean, expected)
-    torch.testing.assert_close(torch.autograd.grad(mean, theta), torch.autograd.grad(expected, theta))

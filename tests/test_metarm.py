@@ -10,7 +10,6 @@ from conftest import deepspeed, python_stages
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import audit
 import common
 
 STEPS, ETA, LR, N, M = 10, 0.5, 3e-4, 16, 8
@@ -28,8 +27,8 @@ def reference(out, eta=ETA):
     model.score.weight.data = head / (model.config.hidden_size + 1) ** 0.5
     model.config.pad_token_id = tokenizer.pad_token_id
     args = SimpleNamespace(**json.loads((out / "run.json").read_text()))
-    _, train = common.encode_pairs(tokenizer, audit.read_jsonl(out / "03_strength/train.jsonl"), vars(args))
-    samples = audit.read_jsonl(out / "07_metarm/round_1/samples.jsonl")
+    _, train = common.encode_pairs(tokenizer, common.read_jsonl(out / "03_strength/train.jsonl"), vars(args))
+    samples = common.read_jsonl(out / "07_metarm/round_1/samples.jsonl")
     groups = [{**g, "responses": [r if r[-1] == tokenizer.eos_token_id else r + [tokenizer.eos_token_id] for r in ids]}
               for g, ids in zip(common.encode(tokenizer, samples, [], vars(args)), (s["response_ids"] for s in samples))]
     meta = [g for i, g in enumerate(groups) if i % 10]
@@ -101,30 +100,27 @@ def test_eta_matters(run_copy):
 
 
 def test_equation_17():
-    """Eqs. 15 to 17, by Taylor (Eq. 16): grad L(theta + eta grad J) - grad [L + eta grad L . grad J] is O(eta^2): halving eta quarters it (float64).
+    """Eqs. 15 to 17, by Taylor (Eq. 16): dL(theta + eta dJ) - dL is Eq. 17's term with dJ held fixed
+    up to O(eta^2): halving eta quarters the error (float64). The whole derivative is another one.
     This also settles Eq. 17's missing eta, and that Eq. 15's Jacobian is not applied."""
-    metarm, denoise = import_module("07_metarm"), import_module("04_rm_denoise")
+    metarm = import_module("07_metarm")
     generator = torch.Generator().manual_seed(0)
     x_t, x_s = (torch.randn(8, k, 5, generator=generator, dtype=torch.float64) for k in (2, 4))
-    theta = torch.randn(5 * 6 + 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    theta = [torch.randn(5, 6, generator=generator, dtype=torch.float64, requires_grad=True),
+             torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)]
+    before = [p.clone() for p in theta]
 
-    def rewards(theta, x):
-        return torch.tanh(x @ theta[:30].view(5, 6)) @ theta[30:]
+    def rewards(x):
+        return torch.tanh(x @ theta[0]) @ theta[1]
 
-    def L(theta):
-        r = rewards(theta, x_t)
-        return denoise.preference_loss(r[:, 0], r[:, 1])
-
-    dJ, = torch.autograd.grad(metarm.difference_loss(rewards(theta, x_s)), theta)
-
-    def error(eta):
-        theta_prime = (theta + eta * dJ).detach().requires_grad_()
-        meta, = torch.autograd.grad(L(theta_prime), theta_prime)
-        dL, = torch.autograd.grad(L(theta), theta, create_graph=True)
-        # d/dtheta of L + eta dL . dJ with dJ held fixed: the paper takes (1 + eta J'')^-1 as a constant
-        expected, = torch.autograd.grad(L(theta) + eta * dL @ dJ, theta)
-        return (meta - expected).norm().item()
-
-    errors = [error(0.2 / 2 ** i) for i in range(5)]
-    ratios = [a / b for a, b in zip(errors, errors[1:])]
-    assert all(3.5 < r < 4.5 for r in ratios[-2:]), ratios
+    errors = {"fixed": [], "whole": []}
+    for i in range(5):
+        dL, change, fixed, whole = metarm.equation_17(
+            lambda: metarm.vanilla_loss(rewards(x_t)), lambda: metarm.difference_loss(rewards(x_s)),
+            theta, 0.2 / 2 ** i)
+        errors["fixed"].append((change - fixed).norm().item())
+        errors["whole"].append((change - whole).norm().item())
+    assert all(torch.equal(p, q) for p, q in zip(theta, before)) and dL.norm() > 1e-3
+    ratios = {k: [a / b for a, b in zip(x, x[1:])][-2:] for k, x in errors.items()}
+    assert all(3.5 < r < 4.5 for r in ratios["fixed"]), ratios
+    assert all(1.8 < r < 2.2 for r in ratios["whole"]), ratios  # off to first order

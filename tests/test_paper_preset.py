@@ -3,7 +3,7 @@ import json
 
 import pytest
 from conftest import python_stages
-from test_pipeline import STAGES, driver
+from test_pipeline import ROWS, driver
 
 PAPER = {  # appendix B.2
     "01_sft": {"batch_size": 32, "lr": 2e-5, "epochs": 1, "warmup": 0.1},
@@ -65,9 +65,9 @@ def test_the_paper_preset_runs_end_to_end(tiny_llama, tmp_path):
     out = tmp_path / "out"
     python_stages(
         ["00_data", "--preset", "paper", "--limit", 2, "--model", tiny_llama, "--preferences", "toy", "--out", out],
-        *([stage.split("/")[0], *(["--round", stage[-1]] if "round" in stage else []), "--out", out]
-          for stage in STAGES[1:]))
-    for stage in STAGES:
+        *([command.split(".py")[0], *command.split()[1:], "--out", out]
+          for *_, command in ROWS[1:]))
+    for stage in (stage for directories, *_ in ROWS for stage in directories):
         manifest = json.loads((out / stage / "manifest.json").read_text())
         assert manifest["preset"] == "paper" and manifest["limit"] == 2
         values, name = manifest["hyperparameters"], stage.split("/")[0]

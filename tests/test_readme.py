@@ -1,31 +1,70 @@
-"""README's map names real places, and its numbers are those of the recorded run and of the code.
+"""README's map points at lines that carry their numbers, its commands name what exists, and the
+tables of results/README.md are those of the record.
 
-`python tests/test_readme.py [out]` writes the tables between README's markers anew, after recording the finished
+`python tests/test_readme.py [out]` writes the map and the tables anew, after recording the finished
 experiments of `out` in results/toy/.
 """
-import ast
 import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README, TOY = ROOT / "README.md", ROOT / "results/toy"
-STAGES = ["00_data", "01_sft", "02_rm_ensemble", "03_strength", "04_rm_denoise", "05_rm_contrastive", "06_ppo",
-          "07_metarm", "08_evaluate"]
+sys.path.insert(0, str(ROOT))
+from lab import page  # noqa: E402
+from lab.manifest import finished, in_order  # noqa: E402
+
+README, RECORD, TOY = ROOT / "README.md", ROOT / "results/README.md", ROOT / "results/toy"
+DRAWN = "lab/figures.py"
+# label: (file, text of the line, what)
+MAP = {
+    "Eq. 1": ("04_rm_denoise.py", "of Eq. 1.", "Bradley-Terry probability"),
+    "Eq. 2": ("02_rm_ensemble.py", "# Eq. 2", "vanilla reward loss"),
+    "Eq. 3": ("06_ppo.py", "Eq. 3 per token", "reward with KL penalty"),
+    "Eq. 4": ("03_strength.py", "Eq. 4: mu_hat", "mean and std of the vote"),
+    "Eq. 5": ("04_rm_denoise.py", "# Eq. 5", "label smoothing"),
+    "Eq. 6": ("04_rm_denoise.py", "# [B], Eq. 6", "adaptive margin"),
+    "Eq. 7": ("05_rm_contrastive.py", "# Eq. 7", "SwAV's loss"),
+    "Eq. 8": ("05_rm_contrastive.py", "# Eq. 8", "SwAV's prediction"),
+    "Eq. 9": ("05_rm_contrastive.py", "Eq. 9: mean_i", "SimCSE"),
+    "Eq. 10": ("07_metarm.py", "Eq. 10: L =", "vanilla loss of MetaRM"),
+    "Eq. 11": ("07_metarm.py", "Eq. 11: J =", "difference loss"),
+    "Eq. 12": ("07_metarm.py", "Eq. 12 in place", "meta ascent"),
+    "Eq. 13": ("07_metarm.py", "Eqs. 10 and 13", "gradient at theta'"),
+    "Eq. 14": ("07_metarm.py", "# 7: Eq. 14", "the step, at theta"),
+    "Eq. 15": ("07_metarm.py", "Eqs. 15 to 17: what", "its Jacobian, left out"),
+    "Eq. 16": ("07_metarm.py", "By Taylor (Eq. 16)", "Taylor expansion"),
+    "Eq. 17": ("07_metarm.py", "Eq. 17: dL(theta')", "what the meta step adds"),
+    "Algorithm 1": ("07_metarm.py", '"""Algorithm 1.', "MetaRM"),
+    **{f"Table {n}": (DRAWN, f'"Table {n}: ', what) for n, what in (
+        (1, "a wrong, an ambiguous, a strong pair"), (2, "rounds against SFT"),
+        (3, "the best round"))},
+    **{f"Figure {n}": (DRAWN, f'"Figure {n}: ', "drawing") for n in range(1, 29)
+       if n not in (14, 18)},
+    "Figure 14": ("07_metarm.py", "Figure 14", "MetaRM's four steps, a drawing"),
+    "Figure 18": ("README.md", "Figure 18", "a drawing of the report's plan, left out"),
+}
 
 
-def hyperparameters():
-    """One line a stage, name paper / toy, from the tables at the top of the scripts."""
-    lines = ["| stage | name paper / toy (one value: both) |", "|---|---|"]
-    for stage in STAGES:
-        cells = [f"{name} {paper}" if paper == toy else f"{name} {paper} / {toy}"
-                 for name, (paper, toy, _) in import_module(stage).HPARAMS.items()]
-        lines.append(f"| `{stage}` | {' · '.join(cells)} |")
-    return "\n".join(lines)
+def the_map():
+    """The rows of README's map, each with the first line of its file that has its text."""
+    rows = ["| paper | line | |", "|---|---|---|"]
+    order = sorted(MAP, key=lambda k: (("Eq.", "Algorithm", "Figure", "Table").index(
+        k.split()[0]), int(k.split()[1])))
+    for label in order:
+        file, text, what = MAP[label]
+        if file == "README.md":
+            rows.append(f"| {label} | | {what} |")
+            continue
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        n = next(i for i, line in enumerate(lines, 1) if text in line)
+        if file == DRAWN:
+            what = re.search(r": (.*?)\"", lines[n - 1])[1]
+        rows.append(f"| {label} | [{file}:{n}]({file}#L{n}) | {what} |")
+    return "\n".join(rows)
 
 
 def recorded(name):
@@ -34,22 +73,21 @@ def recorded(name):
 
 def ledger():
     """The verdict on each claim."""
-    report = import_module("09_report")
     lines = ["| claim | | verdict | measured, 95 % interval | holds if |", "|---|---|---|---|---|"]
     for e in recorded("ledger")["claims"]:
-        value = f"{report.number(e['mean'])} ({report.number(e['interval'][0])} to {report.number(e['interval'][1])})"
-        lines.append(f"| {e['id']} | {e['claim']} | **{e['verdict']}** | {e['quantity'].replace('|', chr(92) + '|')}: "
-                     f"{value} | {report.bounds(e['criterion'])} |")
+        quantity = e["quantity"].replace("|", "\\|")
+        lines.append(f"| {e['id']} | {e['claim']} | **{e['verdict']}** | {quantity}: "
+                     f"{page.number(e['mean'])} ({page.span(e)}) | {page.bounds(e['criterion'])} |")
     return "\n".join(lines)
 
 
 def runs():
     """What made the record."""
-    ledger = recorded("ledger")
-    lines = [f"- {run[0]}: {run[4]} minutes of stages, {run[5]}; head `{run[6]}`" for run in ledger["runs"][1:]]
+    lines = [f"- {run[0]}: {run[4]} minutes of stages, {run[5]}; head `{run[6]}`"
+             for run in recorded("ledger")["runs"][1:]]
     commits = ", ".join(c[:7] for c in recorded("metrics")["git_commits"])
-    return "\n".join([f"Commits {commits}, commands in `results/toy/commands.txt`, heads as `run_all.sh verify` prints them:",
-                      "", *lines])
+    return "\n".join([f"Commits {commits}, commands in `results/toy/commands.txt`, heads as "
+                      "`run_all.sh verify` prints them:", "", *lines])
 
 
 def markdown(rows):
@@ -57,75 +95,89 @@ def markdown(rows):
                       *("| " + " | ".join(map(str, row)) + " |" for row in rows[1:])])
 
 
-def table_3():
-    return markdown(recorded("tables")["table_3"])
+BLOCKS = {README: {"map": the_map}, RECORD: {
+    "ledger": ledger, "runs": runs, "table 3": lambda: markdown(recorded("tables")["table_3"]),
+    "eta": lambda: markdown(recorded("tables")["joint"][:10])}}
 
 
-def eta():
-    return markdown(recorded("tables")["joint"][:10])
-
-
-BLOCKS = {"ledger": ledger, "runs": runs, "table 3": table_3, "hyperparameters": hyperparameters, "eta": eta}
-
-
-def filled(text):
-    for name, make in BLOCKS.items():
-        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + make() + "\n" + m[2], text,
-                              flags=re.DOTALL)
-        assert count == 1, f"README has no place for {name}"
+def filled(path):
+    text = path.read_text(encoding="utf-8")
+    for name, make in BLOCKS[path].items():
+        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+                              lambda m: m[1] + make() + "\n" + m[2], text, flags=re.DOTALL)
+        assert count == 1, f"{path} has no place for {name}"
     return text
 
 
-def test_numbers_are_those_of_the_record():
-    assert README.read_text() == filled(README.read_text()), "run: python tests/test_readme.py"
+def test_tables_are_those_of_the_code_and_the_record():
+    for path in BLOCKS:
+        assert path.read_text(encoding="utf-8") == filled(path), "run: python tests/test_readme.py"
 
 
-def test_every_place_of_the_map_exists_and_carries_the_number():
-    rows = re.findall(r"^\| ([^|]+) \| `([\w./]+\.py)` \| `(\w+)` \|$", README.read_text(), flags=re.MULTILINE)
-    assert len(rows) >= 20
-    for numbers, file, function in rows:
-        source = (ROOT / file).read_text()
-        node = next((n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == function), None)
-        assert node is not None, f"{file} has no function {function}"
-        body = ast.get_source_segment(source, node)
-        for kind, listed in re.findall(r"(Eqs?\.|Figure|Table|Algorithm) ([\d, ]*\d)", numbers):
-            for number in re.findall(r"\d+", listed):
-                word = "Eqs?\\." if kind.startswith("Eq") else kind
-                assert re.search(rf"{word}s?[\d, and to]*\b{number}\b", body), f"{file}:{function} lacks {kind} {number}"
+def test_every_line_of_the_map_carries_its_number():
+    rows = re.findall(r"^\| (\w+\.?) (\d+) \| \[([\w./]+):(\d+)\]\(([\w./]+)#L(\d+)\) \|",
+                      README.read_text(), flags=re.MULTILINE)
+    assert {(kind, int(n)) for kind, n, *_ in rows} == {
+        *(("Eq.", n) for n in range(1, 18)), ("Algorithm", 1), *(("Table", n) for n in (1, 2, 3)),
+        *(("Figure", n) for n in range(1, 29) if n != 18)}
+    for kind, n, file, line, linked, anchor in rows:
+        assert (file, line) == (linked, anchor)
+        text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        word = r"Eqs?\." if kind == "Eq." else kind
+        assert re.search(rf"{word}[\d, and to]*\b{n}\b", text), f"{kind} {n}: {text}"
 
 
-def test_commands_name_files_that_exist():
-    for file in re.findall(r"(?:bash|python|deepspeed) +([\w./]+\.(?:sh|py))", README.read_text()):
-        assert (ROOT / file).exists(), file
+def commands():
+    """README's command lines, without their comments."""
+    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
+def test_commands_are_taken_by_their_scripts(tmp_path):
+    """Each script exists and each flag is one of its own, by its help."""
+    assert len(commands()) >= 15 and README.read_text().count("\n") <= 180
+    helps = {}
+    for words in commands():
+        if words[0] == "source":
+            continue
+        script = ROOT / words[1]
+        assert script.is_file(), words
+        if script not in helps:
+            runner = "bash" if script.suffix == ".sh" else sys.executable
+            helps[script] = subprocess.run([runner, script, "--help"], capture_output=True,
+                                           text=True, cwd=ROOT).stdout
+        for flag in [w for w in words[2:] if w.startswith("--") and w != "--help"]:
+            assert flag in helps[script], (words, flag)
 
 
 def record(out):
     """results/toy/ from finished experiments and their report."""
-    import audit
     shutil.rmtree(TOY, ignore_errors=True)
     TOY.mkdir(parents=True)
     for name in ("ledger.json", "tables.json"):
         shutil.copy(out / "09_report" / name, TOY)
     for path in (out / "09_report/figures").glob("*.png"):
         shutil.copy(path, TOY)
-    found = sorted(p.parent for p in out.glob("*/run.json"))
-    manifests = {run.name: {name: json.loads((run / name / "manifest.json").read_text()) for name in audit.finished(run)}
-                 for run in found}
+    manifests = {run.parent.name: {
+        name: json.loads((run.parent / name / "manifest.json").read_text())
+        for name in finished(run.parent)} for run in sorted(out.glob("*/run.json"))}
     commits = sorted({m["git_commit"] for stages in manifests.values() for m in stages.values()})
     (TOY / "metrics.json").write_text(json.dumps({
         "git_commits": commits, "packages": manifests["seed_0"]["00_data"]["packages"],
-        **{run: {name: m["metrics"] for name, m in stages.items()} for run, stages in manifests.items()}}, indent=1) + "\n")
+        **{run: {name: m["metrics"] for name, m in stages.items()}
+           for run, stages in manifests.items()}}, indent=1) + "\n")
     lines = []
     for run, stages in manifests.items():
-        for name in audit.in_order(stages):
-            words = [w for w in shlex.split(stages[name]["command"]) if not w.startswith("--local_rank")]
+        for name in in_order(stages):
+            words = [w for w in shlex.split(stages[name]["command"])
+                     if not w.startswith("--local_rank")]
             words[words.index("--out") + 1] = f"out/{run}"
             lines.append(shlex.join(["deepspeed", *words]) + "\n")
     (TOY / "commands.txt").write_text("".join(dict.fromkeys(lines)))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     if len(sys.argv) == 2:
         record(Path(sys.argv[1]))
-    README.write_text(filled(README.read_text()))
+    for path in BLOCKS:
+        path.write_text(filled(path), encoding="utf-8")

@@ -13,10 +13,7 @@ import pytest
 from conftest import ROOT, run
 from scipy import stats
 
-import experiments
-import figures
-
-report = import_module("09_report")
+from lab import claims, experiments, figures, page as pages
 
 
 # ---------------------------------------------------------------- verdicts and intervals
@@ -31,12 +28,12 @@ report = import_module("09_report")
     (math.nan, math.nan, (0, None), 3, "open"),
 ])
 def test_verdict(low, high, criterion, seeds, expected):
-    assert report.verdict(low, high, criterion, seeds) == expected
+    assert claims.verdict(low, high, criterion, seeds) == expected
 
 
 def test_interval_within_a_seed_is_scipy_s():
     x = np.random.default_rng(0).normal(size=200)
-    low, high = report.interval(lambda d, pick: d[pick(len(d))].mean(), [x], np.random.default_rng(1), 4000)
+    low, high = claims.interval(lambda d, pick: d[pick(len(d))].mean(), [x], np.random.default_rng(1), 4000)
     expected = stats.bootstrap((x,), np.mean, method="percentile", n_resamples=4000, rng=2).confidence_interval
     assert abs(low - expected.low) < 0.01 and abs(high - expected.high) < 0.01
     half = 1.96 * x.std() / len(x) ** 0.5                                          # and the normal approximation's
@@ -46,13 +43,13 @@ def test_interval_within_a_seed_is_scipy_s():
 def test_interval_over_seeds_is_that_of_all_draws():
     values = [0.1, 0.4, 1.0, 1.2]                                                  # one number a seed: 4^4 draws
     means = [np.mean(draw) for draw in itertools.product(values, repeat=4)]
-    low, high = report.interval(lambda d, pick: d, values, np.random.default_rng(0), 20000)
+    low, high = claims.interval(lambda d, pick: d, values, np.random.default_rng(0), 20000)
     expected = np.percentile(means, [2.5, 97.5])
     assert abs(low - expected[0]) < 0.03 and abs(high - expected[1]) < 0.03
 
 
 def test_interval_of_constants_is_a_point():
-    assert report.interval(lambda d, pick: d[pick(3)].mean(), [np.full(3, 0.7)] * 3, np.random.default_rng(0), 50) == \
+    assert claims.interval(lambda d, pick: d[pick(3)].mean(), [np.full(3, 0.7)] * 3, np.random.default_rng(0), 50) == \
         pytest.approx((0.7, 0.7))
 
 
@@ -61,11 +58,11 @@ def test_a_claim_that_holds_fails_and_is_missing():
     def seeds(share):
         mean = [-1.0] * round(4000 * share) + [1.0] * round(4000 * (1 - share))
         return {f"seed_{s}": {"mean": mean, "std": [1.0] * 4000} for s in range(3)}
-    entries = {e["id"]: e for e in report.ledger({"figure_01": seeds(0.25)})}
+    entries = {e["id"]: e for e in claims.ledger({"figure_01": seeds(0.25)})}
     assert entries["C1"]["verdict"] == "holds" and entries["C1"]["mean"] == 0.25 and set(entries["C1"]["values"].values()) == {0.25}
     assert entries["C2"]["verdict"] == "fails"                                     # a flat std is no U
     assert entries["C9"]["verdict"] == "not measured" and "figure_07" in entries["C9"]["reason"]
-    assert {e["id"]: e for e in report.ledger({"figure_01": seeds(0.4)})}["C1"]["verdict"] == "fails"
+    assert {e["id"]: e for e in claims.ledger({"figure_01": seeds(0.4)})}["C1"]["verdict"] == "fails"
 
 
 def test_best_of_n_is_the_mean_over_all_draws():
@@ -78,40 +75,79 @@ def test_best_of_n_is_the_mean_over_all_draws():
 
 def test_roughness():
     line = np.linspace(3, 7, 20)
-    assert report.roughness(line) < 1e-9 and math.isnan(report.roughness([1, 2, 3, 4]))
+    assert claims.roughness(line) < 1e-9 and math.isnan(claims.roughness([1, 2, 3, 4]))
     noisy = line + np.tile([0.5, -0.5], 10)
     x = np.arange(10)
     expected = np.sqrt(np.mean((noisy[10:] - np.poly1d(np.polyfit(x, noisy[10:], 1))(x)) ** 2))
-    assert report.roughness(noisy) == pytest.approx(expected)
+    assert claims.roughness(noisy) == pytest.approx(expected)
 
 
 def test_wins_counts_ties_as_neither():
-    scores = {"a": np.array([1.0, 0, 2, 2]), "b": np.array([0.0, 0, 2, 3])}
-    assert report.wins(scores, "a", "b", np.arange(4)) == (0.25, 0.25)
-    assert report.lead(scores, "a", "b", np.array([0, 0, 1, 2])) == 0.5
+    verdicts = {"a": {"b": np.array([1, 0, 0, -1])}}
+    assert claims.wins(verdicts, "a", "b", np.arange(4)) == 0.25
+    assert claims.lead(verdicts, "a", "b", np.array([0, 0, 1, 2])) == 0.5
 
 
-def test_the_best_round_is_chosen_on_other_prompts():
-    """Round 1 looks best on the even prompts by chance only: measured on the odd ones it is no better."""
-    scores = {"sft": np.zeros(8), "round_0": np.zeros(8), "round_1": np.array([1, -1] * 4), "round_2": np.zeros(8)}
-    d = {"table_2": {"scores": {"eval_harmless": scores}}}
-    assert report.best_beats_vanilla(d, np.arange) == -1
+def evaluation(**rounds):
+    """One task's verdicts against SFT and round 0 on eight prompts, round 1 chosen on the even."""
+    against = {name: {"sft": np.array(v), "round_0": np.array(v)} for name, v in rounds.items()}
+    return {"table_2": {"best": {"harmless": "round_1"}, "unseen": {
+        "eval_harmless": np.arange(1, 8, 2)}, "verdicts": {"eval_harmless": against}}}
+
+
+def test_the_best_round_is_measured_on_other_prompts():
+    """Round 1 looks best on the even prompts by chance only: on the odd ones it is no better."""
+    d = evaluation(round_0=[0] * 8, round_1=[1, -1] * 4, round_2=[0] * 8)
+    assert claims.best_beats_vanilla(d, np.arange) == -1
+    assert claims.falls_after_best(d, np.arange) == 0  # no win of either on the odd ones
 
 
 def test_a_seed_that_lacks_a_figure_is_left_out_of_its_claims():
     """Two seeds have Figure 1, one has nothing of it: the claim's values are the two's, too few for a verdict."""
     whole = {"mean": [-1.0] * 10 + [1.0] * 30, "std": [1.0] * 40}
-    entries = {e["id"]: e for e in report.ledger({"figure_01": {"seed_0": whole, "seed_2": whole},
+    entries = {e["id"]: e for e in claims.ledger({"figure_01": {"seed_0": whole, "seed_2": whole},
                                                   "equation_17": {"seed_1": {"whole": [0.5], "fixed": [1.0]}}})}
     assert entries["C1"]["values"] == {"seed_0": 0.25, "seed_2": 0.25} and entries["C1"]["verdict"] == "open"
     assert entries["C28b"]["values"] == {"seed_1": 1.0}
 
 
 def test_one_round_is_too_few_to_rise_or_fall():
-    scores = {"sft": np.zeros(8), "round_0": np.zeros(8), "round_1": np.ones(8)}
-    d = {"table_2": {"scores": {"eval_harmless": scores}}}
-    assert math.isnan(report.first_rounds_rise(d, np.arange)) and math.isnan(report.falls_after_best(d, np.arange))
-    assert report.best_beats_vanilla(d, np.arange) == 1 and math.isnan(report.best_beats_vanilla_ood(d, np.arange))
+    d = evaluation(round_0=[0] * 8, round_1=[1] * 8)
+    assert math.isnan(claims.first_rounds_rise(d, np.arange))
+    assert math.isnan(claims.falls_after_best(d, np.arange))
+    assert claims.best_beats_vanilla(d, np.arange) == 1
+    assert math.isnan(claims.best_beats_vanilla_ood(d, np.arange))
+
+
+def test_names_are_those_of_the_stages():
+    for name, mine in (("04_rm_denoise", figures.METHODS), ("05_rm_contrastive", figures.CONTRASTIVE)):
+        assert mine == list(import_module(name).METHODS)
+
+
+def test_the_joint_objective_is_the_mean_of_L_minus_lambda_times_that_of_J():
+    """Whatever the numbers of micro batches: its value and its gradient."""
+    from types import SimpleNamespace
+
+    import torch
+    joint, theta = import_module("lab.joint"), torch.tensor([2.0, -1.0], requires_grad=True)
+    pairs = [torch.tensor([[[1.0, 0.0], [0.3, 1.0]]]), torch.tensor([[[0.0, 1.0], [2.0, 1.0]]])]
+    meta = [torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    boundaries = []
+
+    class Engine:
+        engine = SimpleNamespace(set_gradient_accumulation_boundary=boundaries.append,
+                                 backward=lambda loss, **_: loss.backward())
+        micro_batches = staticmethod(iter)
+
+        def __call__(self, x):
+            return (x @ theta,)
+
+    value = joint.backward(Engine(), pairs, meta, 0.3).sum()
+    expected = sum(joint.vanilla_loss(x @ theta) for x in pairs) / 2 - \
+        0.3 * sum(joint.difference_loss(x @ theta) for x in meta) / 3
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(theta.grad, torch.autograd.grad(expected, theta)[0])
+    assert boundaries == [False] * 4 + [True]
 
 
 # ---------------------------------------------------------------- the list
@@ -119,17 +155,18 @@ def test_one_round_is_too_few_to_rise_or_fall():
 def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
     """Each line is parsed by its stage (--dry_run), no two write the same directory, and every figure has one."""
     for table in (experiments.pairs_table(5), experiments.summary_table(5)):
-        names = [name for name, *_ in table]
+        names = [name for names, *_ in table for name in names]
         assert len(set(names)) == len(names)
         for *_, command in table:
-            stage, *flags = command.format(often=5, seldom=10, eta=0.1, n=64, seed=0).split()
+            script, *flags = command.format(often=5, seldom=10, eta=0.1, n=64, seed=0).split()
+            stage = import_module(script.removesuffix(".py").replace("/", "."))
             with pytest.raises(SystemExit) as stop:
-                import_module(stage).main([*flags, "--out", str(tmp_path), "--dry_run"])
+                stage.main([*flags, "--out", str(tmp_path), "--dry_run"])
             assert stop.value.code == 0
-    made = [name for name, *_ in experiments.pairs_table(5)]
+    made = [name for names, *_ in experiments.pairs_table(5) for name in names]
     for name, (_, _, patterns, _, _) in figures.FIGURES.items():
         for pattern in patterns:
-            assert any(fnmatch(m, pattern) or m == f"{pattern.split('/')[0]}/figures" for m in made), f"{name}: {pattern}"
+            assert any(fnmatch(m, pattern) for m in made), f"{name}: {pattern}"
 
 
 def test_the_driver_prints_the_list(tmp_path):
@@ -141,7 +178,7 @@ def test_the_driver_prints_the_list(tmp_path):
 
 
 def test_a_run_and_experiments_do_not_share_a_directory(tmp_path):
-    for place, command in (("run.json", ["experiments.py", "--seeds", 1]), ("seed_0/run.json", None)):
+    for place, command in (("run.json", ["lab/experiments.py", "--seeds", 1]), ("seed_0/run.json", None)):
         out = tmp_path / place.replace("/", "_")
         (out / place).parent.mkdir(parents=True)
         (out / place).write_text("{}")
@@ -175,22 +212,22 @@ class Page(html.parser.HTMLParser):
 def page(tmp_path_factory):
     """The whole list for two seeds, as small as it goes, and its page. → (out, the output)."""
     out = tmp_path_factory.mktemp("experiments") / "out"
-    text = run("python", "experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens", 12,
+    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens", 12,
                "--max_prompt_tokens", 32, "--out", out).stdout
-    return out, text + run("python", "09_report.py", "--out", out).stdout
+    return out, text + run("python", "09_claims.py", "--out", out).stdout
 
 
 def test_the_page_has_every_figure_table_and_claim(page):
     out, text = page
     parsed = Page((out / "09_report/index.html").read_text())
     assert not parsed.open
-    assert set(figures.FIGURES) | {claim for claim, *_ in report.CLAIMS} <= set(parsed.ids)
+    assert set(figures.FIGURES) | {claim for claim, *_ in claims.CLAIMS} <= set(parsed.ids)
     assert len(set(parsed.ids)) == len(parsed.ids)
-    claims = {re.sub(r"\D", "", claim) for claim, *_ in report.CLAIMS}
-    assert claims == {str(n) for n in range(1, 29)}
+    assert {re.sub(r"\D", "", claim) for claim, *_ in claims.CLAIMS} == {
+        str(n) for n in range(1, 29)}
     numbers = {int(n) for title, *_ in figures.FIGURES.values() for n in re.findall(r"^Figure (\d+)", title)}
     assert numbers == {*range(1, 29)} - {14, 18}  # two drawings
-    assert len(json.loads((out / "09_report/ledger.json").read_text())["claims"]) == len(report.CLAIMS)
+    assert len(json.loads((out / "09_report/ledger.json").read_text())["claims"]) == len(claims.CLAIMS)
     assert "stages are complete" in text and "Traceback" not in text
 
 
@@ -217,11 +254,11 @@ def test_figures_json_reproduces_the_ledger(page):
     data = {f.stem: json.loads(f.read_text()) for f in (folder / "figures").glob("*.json")}
     entries = {e["id"]: e for e in json.loads((folder / "ledger.json").read_text())["claims"]}
     measured = 0
-    for claim, *_, measure in report.CLAIMS:
+    for claim, *_, measure in claims.CLAIMS:
         if "values" in entries[claim]:
             assert list(entries[claim]["values"]) == ["seed_0", "seed_1"]
             for seed, value in entries[claim]["values"].items():
-                d = {name: report.as_arrays(seeds[seed]) for name, seeds in data.items()}
+                d = {name: claims.as_arrays(seeds[seed]) for name, seeds in data.items()}
                 assert float(measure(d, np.arange)) == value
             measured += 1
             assert entries[claim]["interval"][0] <= entries[claim]["interval"][1]
@@ -233,10 +270,13 @@ def test_figures_json_reproduces_the_ledger(page):
                 for name in ("margin", "baseline", "tenth_01", "tenth_02")]
     assert entries["C9"]["values"]["seed_1"] == pytest.approx(accuracy[0] - accuracy[1])
     assert entries["C4"]["values"]["seed_1"] == pytest.approx(np.mean(accuracy[2:]))
-    tables = json.loads((page[0] / "seed_1/08_evaluate/tables.json").read_text())["table_2"]
-    row = next(r for r in tables if (r["policy"], r["set"]) == ("round_2", "eval_harmless"))
-    scores = {k: np.array(v) for k, v in data["table_2"]["seed_1"]["scores"]["eval_harmless"].items()}
-    assert report.wins(scores, "round_2", "sft", np.arange(row["n"])) == pytest.approx((row["win"], row["lose"]))
+    tables = json.loads((page[0] / "seed_1/08_evaluate/tables.json").read_text())
+    row = next(r for r in tables["comparisons"] if (r["policy"], r["set"], r["opponent"]) == (
+        "round_2", "eval_harmless", "sft"))
+    found = claims.as_arrays(data["table_2"]["seed_1"]["verdicts"]["eval_harmless"])
+    assert claims.wins(found, "round_2", "sft", np.arange(row["n"])) == pytest.approx(row["win"])
+    assert claims.lead(found, "round_2", "sft", np.arange(row["n"])) == pytest.approx(
+        row["win"] - row["lose"])
     held = [json.loads((page[0] / f"seed_1/07_metarm/round_{r}/manifest.json").read_text())["metrics"] for r in (1, 2)]
     assert entries["C18"]["values"]["seed_1"] == pytest.approx(np.mean([m["J_theta"] - m["J_vanilla"] for m in held]), abs=1e-6)
 
@@ -250,14 +290,14 @@ def test_equation_17_holds_with_grad_J_fixed(page):
 def test_finished_experiments_are_not_run_again(page):
     out = page[0]
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/*/manifest.json")}
-    text = run("python", "experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens", 12,
+    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens", 12,
                "--max_prompt_tokens", 32, "--out", out).stdout
     count = re.search(r"(\d+) of (\d+) stages are complete", text)
     assert count[1] == count[2] and {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
 def test_other_flags_on_finished_experiments_are_refused(page):
-    done = run("python", "experiments.py", "--limit", 3, "--seeds", 2, "--out", page[0], check=False)
+    done = run("python", "lab/experiments.py", "--limit", 3, "--seeds", 2, "--out", page[0], check=False)
     assert done.returncode == 2 and "seed_0 was made with other flags (" in done.stdout and "--limit 2" in done.stdout
 
 
@@ -271,14 +311,18 @@ def test_a_single_run_without_gold_gets_a_page(page, tmp_path):
         kept = [{k: v for k, v in json.loads(line).items() if k not in ("judge_label", "gold_chosen", "gold_rejected")}
                 for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    answers = out / "08_evaluate/responses.jsonl"  # as if 08 had run before more_1 was made
-    answers.write_text("".join(line for line in answers.read_text().splitlines(True) if "\"more_1\"" not in line))
-    found = report.find_runs(out)
-    collected, absent = report.collect(found, show_texts=False)
-    assert "judge" in absent["figure_03"] and "more_1" in absent["more"] and set(report.TEXTS) <= set(absent)
-    entries = report.ledger(collected)
+    consistency = out / "03_strength/consistency.json"
+    consistency.write_text("{}")
+    tables = out / "08_evaluate/tables.json"  # as if 08 had run before more_1 was made
+    kept = json.loads(tables.read_text())
+    del kept["mean_score"]["more_1"]
+    tables.write_text(json.dumps(kept))
+    found = pages.find_runs(out)
+    collected, absent = pages.collect(found, show_texts=False)
+    assert "judge" in absent["figure_03"] and "more_1" in absent["more"] and set(pages.TEXTS) <= set(absent)
+    entries = claims.ledger(collected)
     (tmp_path / "figures").mkdir()
-    parsed = Page(report.page(found, entries, collected, absent, tmp_path / "figures")[0])
+    parsed = Page(pages.page(found, entries, collected, absent, tmp_path / "figures")[0])
     assert set(figures.FIGURES) <= set(parsed.ids)
     verdicts = {e["id"]: e["verdict"] for e in entries}
     assert set(verdicts.values()) == {"open", "not measured"}

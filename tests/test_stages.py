@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, deepspeed, run
 from safetensors.torch import load_file
 
-import audit
 import common
+from lab import verify
 
 FLAGS = {"seed": 0, "precision": "fp32", "zero": 0, "layout": "shared"}
 
@@ -78,7 +78,9 @@ def test_04_on_two_processes(one_process, run_copy):
     assert worst(*states) < 1e-5 and moved > 2e-4
     accuracies = [{k: v for k, v in lines(d / "metrics.jsonl")[-1].items() if k.startswith("accuracy")}
                   for d in (one, two)]
-    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 4  # three validation sets and training pairs
+    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 4  # with that of training pairs
+    logged = [lines(d / "metrics.jsonl")[-1]["loss"] for d in (one, two)]  # of all ranks and micros
+    assert logged[0] == pytest.approx(logged[1], abs=2e-6)
 
 
 CASES = ["simcse", "swav", "swav_diff"]
@@ -87,9 +89,11 @@ CASES = ["simcse", "swav", "swav_diff"]
 def test_05_on_two_processes_and_all_zero_stages(run_copy, tmp_path):
     """The global batch's features make the loss, and every gradient has its one-process size (prototypes too)."""
     flags = ["--", "--out", run_copy, "--limit", 3, "--batch_size", 16, "--lr", 0.05, "--warmup", 0,
-             "--freeze_prototypes", 1, "--max_grad_norm", 0, "--margin", "--smoothing", 0.1]
+             "--freeze_prototypes", 1, "--max_grad_norm", 0, "--like", "soft_margin", "--tsne_pairs", 5]
     several = [f"{m}:{z}" for m, z in [("simcse", 0), ("swav", 0), ("swav_diff", 0), ("swav", 2), ("simcse", 3), ("swav", 3)]]
     worker = "tests/contrastive_worker.py"
+    python(f"assert stage('04_rm_denoise', '--out', {str(run_copy)!r}, '--methods', 'soft_margin',"
+           " '--limit', 1) == 0")
     deepspeed(1, worker, tmp_path / "one", *[f"{m}:0" for m in CASES], *flags, "--micro_batch_size", 8)
     deepspeed(2, worker, tmp_path / "two", *several, *flags, "--micro_batch_size", 4)
     prototypes = torch.nn.functional.normalize(torch.randn(50, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -142,7 +146,7 @@ def more_stages(small_run, tmp_path_factory):
         "codes = {}\n"
         "codes['slice'] = stage('04_rm_denoise', *out, '--methods', 'flip', '--percentile', 0, 10, '--flip_below', 1,"
         " '--limit', 1)\n"
-        "codes['swav'] = stage('05_rm_contrastive', *out, '--methods', 'swav', '--limit', 2, '--name', 'short')\n"
+        "codes['swav'] = stage('05_rm_contrastive', *out, '--methods', 'swav', '--limit', 2, '--name', 'short', '--tsne_pairs', 10)\n"
         "codes['dropout'] = stage('05_rm_contrastive', *out, '--methods', 'simcse', '--limit', 2, '--dropout', 0)\n"
         "codes['ensemble'] = stage('08_evaluate', *out, '--judge', 'ensemble', '--M', 2, '--prompts', 5)\n"
         "Path(out[1], '08_evaluate').rename(Path(out[1], 'ensemble'))\n"
@@ -176,6 +180,8 @@ def test_04_on_a_slice_writes_its_own_directory(more_stages):
     manifest = json.loads((out / "04_rm_denoise/flip_flip_below_1_percentile_0_10/manifest.json").read_text())
     rows = sorted(lines(out / "03_strength/train.jsonl"), key=lambda row: row["mean preference difference"])
     weakest = rows[:len(rows) // 10]
+    trained = lines(out / "04_rm_denoise/flip_flip_below_1_percentile_0_10/train.jsonl")
+    assert {r["id"] for r in trained} == {r["id"] for r in weakest}
     assert codes["slice"] == 0
     assert manifest["metrics"]["flipped"] == sum(row["mean preference difference"] < 0 for row in weakest) > 0
     assert not (out / "04_rm_denoise/flip").exists()
@@ -191,7 +197,7 @@ def test_a_name_for_two_methods_is_refused(small_run, name, capsys):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("07_metarm", ["--joint", "0.1"]), ("07_metarm", ["--name", "round_7"]), ("07_metarm", ["--name", "../x"]),
+    ("lab.joint", ["--name", "round_7"]), ("07_metarm", ["--name", "round_7"]), ("07_metarm", ["--name", "../x"]),
     ("06_ppo", ["--name", "x"]), ("06_ppo", ["--start", "round_0"]), ("06_ppo", ["--rm", "baseline", "--name", "round_7"]),
     ("06_ppo", ["--rm", "baseline", "--start", "round_8"]), ("06_ppo", ["--rm", "nothing"])])
 def test_names_of_06_and_07_that_are_refused(small_run, name, flags, capsys):
@@ -205,23 +211,27 @@ def test_names_of_06_and_07_that_are_refused(small_run, name, flags, capsys):
 # ---------------------------------------------------------------- 08
 
 def test_08_tables_follow_from_the_responses(more_stages):
-    from toy_world import gold
+    from lab.toy_world import gold
     out, codes, _ = more_stages
     assert codes["gold"] == codes["ensemble"] == 0
     assert json.loads((out / "ensemble/tables.json").read_text())["judge"] == "ensemble"
-    tables, rows = json.loads((out / "08_evaluate/tables.json").read_text()), lines(out / "08_evaluate/responses.jsonl")
+    tables = json.loads((out / "08_evaluate/tables.json").read_text())
+    rows = lines(out / "08_evaluate/responses.jsonl")
+    verdicts = json.loads((out / "08_evaluate/verdicts.json").read_text())
     assert tables["judge"] == "gold"
     by = {(r["policy"], r["set"], r["id"]): r for r in rows}
     assert len(by) == len(rows)
     for r in rows:
         assert r["score"] == pytest.approx(gold(r["prompt"], r["response"]))
-    assert {(t["policy"], t["opponent"]) for t in tables["table_2"]} == {("round_0", "sft")}
-    assert {t["set"] for t in tables["table_2"]} == {p.stem for p in (out / "00_data").glob("eval_*.jsonl")} | {
+    assert {(t["policy"], t["opponent"]) for t in tables["comparisons"]} == {("round_0", "sft")}
+    assert tables["best_round"] == {} and tables["table_3"] == []  # no round of MetaRM
+    assert {t["set"] for t in tables["comparisons"]} == {p.stem for p in (out / "00_data").glob("eval_*.jsonl")} | {
         p.stem for p in (out / "00_data").glob("ood_*.jsonl")}
     z = 1.959964
-    for t in tables["table_2"] + tables["table_3"]:
+    for t in tables["comparisons"]:
         mine = [(r["score"], by[t["opponent"], t["set"], r["id"]]["score"]) for r in rows
                 if (r["policy"], r["set"]) == (t["policy"], t["set"])]
+        assert verdicts[t["set"]]["round_0"]["sft"] == [(a > b) - (a < b) for a, b in mine]
         share = {"win": np.mean([a > b for a, b in mine]), "tie": np.mean([a == b for a, b in mine]),
                  "lose": np.mean([a < b for a, b in mine])}
         assert len(mine) == t["n"] and {k: t[k] for k in share} == pytest.approx(share)
@@ -264,8 +274,7 @@ def test_advantages_live_on_response_tokens(small_run, monkeypatch):
     cut = torch.tensor([[r[-1] != eos for r in g["responses"]] for g in groups])
     assert cut.any() and not cut.all() and len(lengths) > 3
 
-    e = ppo.make_experience(groups, (policy, critic, reference, rm), args, tokenizer,
-                            {"policy": "shared", "reward": "shared"}, None)
+    e = ppo.make_experience(groups, (policy, critic, reference, rm), args, tokenizer, "shared")
     assert torch.equal(e["cut"], cut) and e["scores"].std() > 0
     mean, std = e["scores"].mean().item(), e["scores"].std().item()
     rewards = ppo.shape_rewards(e, mean, std, args)
@@ -313,19 +322,17 @@ def test_02_members_differ_are_reproduced_and_kept(run_copy, small_run):
     text = python(
         f"out = Path({str(run_copy)!r}) / '02_rm_ensemble'\n"
         "import shutil\n"
-        "go = lambda: stage('02_rm_ensemble', '--out', out.parent, '--M', 2, '--limit', 5)\n"
+        "go = lambda *more: stage('02_rm_ensemble', '--out', out.parent, '--M', 2, '--limit', 5, *more)\n"
         "stamp = lambda: [(out / m / 'manifest.json').stat().st_mtime_ns for m in ('rm_00', 'rm_01')]\n"
         "stamps = [stamp()]\n"
-        "def again():\n"
-        "    assert go() == 0\n"
+        "def again(*more):\n"
+        "    assert go(*more) == 0\n"
         "    stamps.append(stamp())\n"
-        "def cut_short():\n"
-        "    shutil.rmtree(out / 'figures')\n"
-        "again()\n"                                                             # 0 → 1: complete, so all anew
-        "cut_short(); shutil.rmtree(out / 'rm_01'); again()\n"                  # 1 → 2: rm_00 kept
+        "again('--restart')\n"                                                  # 0 → 1: all anew
+        "shutil.rmtree(out / 'rm_01'); again()\n"                               # 1 → 2: rm_00 kept
         "rows = out.parent / '00_data/train.jsonl'\n"
         "rows.write_text(rows.read_text().replace('{', '{ '))\n"              # the same rows in another file
-        "cut_short(); again()\n"                                                # 2 → 3: another input, none kept
+        "again()\n"                                                             # 2 → 3: none kept
         "print('STAMPS', json.dumps(stamps))\n")
     first, anew, short, changed = json.loads(next(x for x in text.splitlines() if x.startswith("STAMPS "))[7:])
     assert all(a != b for a, b in zip(first, anew))
@@ -374,8 +381,9 @@ def test_manifests_account_for_every_file(more_stages):
         recorded |= manifest["outputs"]
     for path, value in recorded.items():
         assert digest(out / path) == value, path
-    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and ".partial/" not in str(p)}
-    assert files - (audit.ROOT_FILES - {"run.json"}) == set(recorded) | {
+    files = {str(p.relative_to(out)) for p in out.rglob("*")
+             if p.is_file() and ".partial/" not in str(p)}
+    assert files - (verify.ROOT_FILES - {"run.json"}) == set(recorded) | {
         str((d / "manifest.json").relative_to(out)) for d in manifests}
     for folder, manifest in manifests.items():
         assert manifest["inputs"] or manifest["stage"] == "00_data"
@@ -406,6 +414,7 @@ def test_no_partial_directory_is_left(small_run):
     (None, "06_ppo", ["--round", "2"], "python 06_ppo.py --round 1"),
     (None, "07_metarm", ["--round", "2"], "python 06_ppo.py --round 1"),
     (None, "06_ppo", ["--rm", "margin"], "no finished reward model margin"),
+    ("06_ppo", "lab.joint", [], "python 07_metarm.py --round 1"),
     (None, "07_metarm", ["--round", "0"], "--round must be 1 or more"),
 ])
 def test_a_missing_stage_is_named_in_one_line(small_run, tmp_path, without, stage, flags, command, capsys):
@@ -424,5 +433,5 @@ def test_a_missing_stage_is_named_in_one_line(small_run, tmp_path, without, stag
 def test_an_unfinished_stage_counts_as_missing(run_copy, capsys):
     (run_copy / "01_sft").rename(run_copy / "01_sft.partial")
     with pytest.raises(SystemExit) as stop:
-        audit.require(SimpleNamespace(out=run_copy), "01_sft", "python 01_sft.py")
+        common.require(SimpleNamespace(out=run_copy), "01_sft", "python 01_sft.py")
     assert stop.value.code == 2 and "unfinished" in capsys.readouterr().err

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import toy_world as tw
+from lab import toy_world as tw
 
-ROOT = Path(tw.__file__).parent
+ROOT = Path(tw.__file__).parents[1]
 
 
 def ask(text):
@@ -145,7 +145,7 @@ def test_build_is_determined_by_its_seed():
     sizes = dict(n_pairs=60, n_sft=60, n_prompts=60, n_eval=20)
     assert tw.build(3, **sizes) == tw.build(3, **sizes)
     assert all(a != b for a, b in zip(tw.build(3, **sizes).values(), tw.build(4, **sizes).values()))
-    code = "import toy_world; print(toy_world.build(3, 60, 60, 60, 20))"
+    code = "from lab import toy_world; print(toy_world.build(3, 60, 60, 60, 20))"
     for hash_seed in "12":      # no order of a set or of hash() may leak in
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": hash_seed},
                              capture_output=True, text=True)
@@ -212,6 +212,6 @@ def test_bad_requests_to_build():
 
 
 def test_command_line():
-    out = subprocess.run([sys.executable, "toy_world.py", "--seed", "5"], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-m", "lab.toy_world", "--seed", "5"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert all(f"=== {task}" in out.stdout for task in tw.TASKS)

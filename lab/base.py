@@ -1,0 +1,278 @@
+"""What everything stands on: ranks, seeds and devices, one-line errors, files that are there whole
+or not at all, and their hashes. Stages see these names through `common`."""
+import ast
+import contextlib
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# DeepSpeed compiles a small op at first use; the default cache is shared between versions and has
+# crashed
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+import numpy  # noqa: E402  (after the environment is set)
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
+HERE = Path(__file__).resolve().parents[1]
+locks = {}
+
+
+# ---------------------------------------------------------------- processes
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device():
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) \
+        if torch.cuda.is_available() else torch.device("cpu")
+
+
+def set_seed(seed):
+    """Seed python, numpy and torch. Callers add the rank where ranks must differ."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def setup(args):
+    """Join the process group (also under plain `python`), share the cores between ranks, seed."""
+    import logging
+
+    import deepspeed
+    from transformers.utils import logging as hf_logging
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    hf_logging.disable_progress_bar()
+    if "RANK" not in os.environ:  # plain `python NN.py`: a group of one on a free port
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = str(sock.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    else:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local))
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", verbose=False)
+    set_seed(args.seed)
+    log(f"{Path(sys.argv[0]).name}: preset {args.preset}, seed {args.seed}, {world_size()} "
+        f"process(es) on {device().type}",
+        *(f"{k} {v}" for k, v in args.hparams.items()), sep=", ")
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_rows(mine):
+    """Concatenate every rank's list of (index, value) and return the values in index order.
+    Values are pickled one by one: numbers and lists go fast, tensors do not."""
+    parts = [mine]
+    if dist.is_initialized() and world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, mine)
+    rows = sorted((item for part in parts for item in part), key=lambda item: item[0])
+    return [value for _, value in rows]
+
+
+def from_rank_0(work):
+    """work() on rank 0, its result on every rank. Where it stops rank 0, the launcher stops all."""
+    result = [work() if rank() == 0 else None]
+    if dist.is_initialized() and world_size() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+@contextlib.contextmanager
+def inference(args):
+    """Forward passes without gradient, in the run's precision."""
+    with torch.no_grad(), torch.autocast(device().type, torch.bfloat16,
+                                         enabled=args.precision == "autocast"):
+        yield
+
+
+def free(engine):
+    """Give a finished model's memory back (engines sit in reference cycles)."""
+    engine.destroy()
+    engine.optimizer = engine.module = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------- what people see
+
+def die(message):
+    """Print one line on rank 0 and stop with exit code 2."""
+    if rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def log(*parts, **more):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(*parts, **more, flush=True)
+
+
+def progress(iterable, description, total=None, initial=0):
+    """tqdm on rank 0; few lines when stderr is a file. `initial`: steps done before."""
+    from tqdm import tqdm
+    # in a log file: a line now and then, none for what ends soon
+    slow = {} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
+    return tqdm(iterable, description, total, initial=initial, disable=rank() != 0, leave=False,
+                **slow)
+
+
+def launch(main, clean_up=lambda: None):
+    """Run `main`. Whatever goes wrong is one line, printed by one rank, and exit code 2; --debug
+    shows the traceback as well. `clean_up()` is called first."""
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # or a rank that leaves early may abort
+    except SystemExit as stop:
+        if stop.code == 2:
+            clean_up()
+        raise
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("interrupted: the same command goes on from what is written", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        clean_up()
+        if "--debug" in sys.argv:
+            raise
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if rank() > 0:
+            time.sleep(5)  # rank 0 says it, if it failed as well: the launcher ends this one first
+        text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        if isinstance(error, OSError) and error.strerror:
+            text = error.strerror + (f": {error.filename}" if error.filename else "")
+        elif isinstance(error, torch.OutOfMemoryError):
+            text = "out of memory: lower --micro_batch_size, or more processes, or a higher --zero"
+        print(f"error: {Path(sys.argv[0]).name}: {text} (--debug shows the traceback)",
+              file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------- files
+
+def read_json(path):
+    """The contents of a JSON file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        die(f"{path} is damaged ({error}): run the stage that wrote it again")
+
+
+def read_jsonl(path):
+    """All rows of a JSON-lines file."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                rows.append(json.loads(line))
+    except FileNotFoundError:
+        die(f"{path} is missing")
+    except ValueError as error:
+        die(f"{path}:{len(rows) + 1}: not JSON in UTF-8 ({error})")
+    return rows
+
+
+def write_text(path, text):
+    """Write a file under a temporary name, flush it to the disk and rename it: it is there whole
+    or not at all."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sha256(path):
+    """Hex digest of a file, streamed; a progress bar for those of a gigabyte and more."""
+    from tqdm import tqdm
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as file, tqdm(
+            total=size, desc=f"hashing {Path(path).name}", unit="B", unit_scale=True, leave=False,
+            disable=size < 2 ** 30 or rank() > 0) as bar:
+        while chunk := file.read(2 ** 22):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def sync(path):
+    """The file is on the disk, not in the cache only, when this returns. → its hash."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return sha256(path)
+
+
+def user_files(path):
+    """Absolute paths of a user's own file, or of all files in a directory but hidden ones."""
+    path = Path(path).resolve()
+    return [str(p) for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if p.is_file()
+            and not any(part.startswith(".") for part in p.relative_to(path.parent).parts[1:])]
+
+
+def code_hashes(script):
+    """{file: sha256} of a script and of the project's files that it imports, at any depth."""
+    files, todo = {}, [script]
+    while todo:
+        if (name := todo.pop()) in files or not (HERE / name).is_file():
+            continue
+        files |= {str(p.relative_to(HERE)): sha256(p)  # and the data beside it
+                  for p in (HERE / name).parent.glob(f"{Path(name).stem}.*") if p.is_file()}
+        for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None)
+                names = [f"{module}.{a.name}" if module else a.name for a in node.names]
+                todo += [f"{n.replace('.', '/')}.py" for n in [*names, module or ""]]
+    return dict(sorted(files.items()))
+
+
+def lock(out):
+    """Hold a run directory until the end of this process, however it ends."""
+    if out in locks:
+        return
+    file = open(out / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        die(f"{out} is in use by process {file.read().strip()}: wait for it, or give another --out")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    locks[out] = file

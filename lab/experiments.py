@@ -1,0 +1,340 @@
+"""The pipeline's stages in order, every experiment of the paper on top of them, and what works
+through both. Each line is a command that can be given by hand, with `--out DIR` behind it.
+
+    bash run_all.sh                                    the pipeline, which asks `plan` what is to do
+    bash run_all.sh experiments --seeds 3              every experiment, then 09_report.py
+    python lab/experiments.py --dry_run                print the experiments' commands
+
+Experiments run in one launch, which saves the start-up of some seventy; what is complete is
+skipped, what was interrupted goes on from its checkpoint. Seed s is in OUT/seed_s. The paper treats
+summaries as a task of its own, with its own models: OUT/summary_s. That run needs no strength of
+preferences, so its ensemble has two models only.
+"""
+import argparse
+import os
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402  (the project's root is on the path now)
+from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
+from lab.manifest import finished, other_inputs, read_manifest  # noqa: E402
+from lab.record import CHOICES, differences, promote  # noqa: E402
+
+METHODS = list(import_module("04_rm_denoise").METHODS)
+CONTRASTIVE = list(import_module("05_rm_contrastive").METHODS)
+STRENGTHS = (0.01, 0.1, 1, 10)  # of eta, and of lambda in L - lambda J
+
+
+def rounds_of(count):
+    """Vanilla PPO and `count` rounds of MetaRM: Figures 16 and 17, Tables 2 and 3."""
+    rows = [(["06_ppo/round_0"], "vanilla PPO under the vanilla reward model", 20,
+             "06_ppo.py --round 0")]
+    for r in range(1, count + 1):
+        rows += [([f"07_metarm/round_{r}"], f"MetaRM, Algorithm 1, on samples of round {r - 1} "
+                  "(section 3.2)", 26, f"07_metarm.py --round {r}"),
+                 ([f"06_ppo/round_{r}"], f"PPO under MetaRM of round {r}", 21,
+                  f"06_ppo.py --round {r}")]
+    return rows
+
+
+def pipeline(rounds, M=10):
+    """(directories it makes, purpose, seconds on two idle cores, command) of every stage."""
+    return [
+        (["00_data"], "bring the data into one clean form", 4, "00_data.py"),
+        (["01_sft"], "supervised fine-tuning: pi^SFT", 40, "01_sft.py"),
+        ([f"02_rm_ensemble/rm_{m:02d}" for m in range(M)],
+         "ten reward models that vote (section 2.2)", 75, "02_rm_ensemble.py"),
+        (["03_strength"], "preference strength, Eq. 4 (section 2.2)", 26, "03_strength.py"),
+        ([f"04_rm_denoise/{name}" for name in METHODS],
+         "flip, margin, soft labels (sections 2.4, 2.5)", 56, "04_rm_denoise.py"),
+        ([f"05_rm_contrastive/{name}" for name in CONTRASTIVE],
+         "SimCSE and SwAV (section 3.1)", 66, "05_rm_contrastive.py"),
+        *rounds_of(rounds),
+        (["08_evaluate"], "win / tie / lose of every policy (Tables 2 and 3)", 18,
+         "08_evaluate.py"),
+        (["09_report"], "the figures and tables on one page", 24, "09_report.py")]
+
+
+# ---------------------------------------------------------------- what run_all.sh is to do
+
+def name_of(directories):
+    """A stage's name: its directory, or the folder of several."""
+    return directories[0] if len(directories) == 1 else directories[0].split("/")[0]
+
+
+def why(out, directories):
+    """Why a stage is to run, or None: it is complete, and made from what is here now."""
+    for name in directories:
+        if not (out / name / "manifest.json").exists():
+            return "missing"
+        manifest = read_manifest(out, name)
+        if manifest is None:
+            return f"{name}/manifest.json is not what the stage wrote"
+        if other := other_inputs(out, manifest):
+            return f"was made from another {other[0]} than is here now"
+        if name == "08_evaluate":
+            read = {path.rsplit("/", 1)[0] for path in manifest["inputs"]}
+            missed = [p for p in finished(out) if p.startswith("06_ppo/") and p not in read]
+            if missed:
+                return f"has not judged {missed[0]}"
+    return None
+
+
+def recorded_flags(manifest):
+    """The recorded command's flags without those that change nothing."""
+    given = [w for w in shlex.split(manifest["command"])[1:]
+             if not w.startswith(("--local_rank", "--debug", "--restart"))]
+    if "--out" in given:
+        del given[given.index("--out"):given.index("--out") + 2]
+    return given
+
+
+def meant(values):
+    """Flags of stage 00 by their meaning: two spellings of one file are equal."""
+    def real(x):
+        return os.path.realpath(x) if isinstance(x, str) and os.path.exists(x) else x
+    return {k: list(map(real, v)) if isinstance(v, list) else real(v) for k, v in values.items()
+            if k not in ("world", "tasks")}
+
+
+def check_data(out, flags):
+    """Stop when the flags are none of stage 00's, or ask for other data than it made in `out`."""
+    stage = import_module("00_data")
+    args = stage.parse([*flags, "--out", str(out)])
+    if flags and (manifest := read_manifest(out, "00_data")):
+        new, old = (meant(x) for x in (stage.run_values(args) | args.hparams,
+                                       manifest["run"] | manifest["hyperparameters"]))
+        if different := differences({"hyperparameters": old}, {"hyperparameters": new}):
+            die(f"{out} was made with other flags ({'; '.join(different)}): choose another --out, "
+                "or --from 00")
+
+
+def plan(args, flags):
+    """Print a line for each stage of the run that run_all.sh is asked for: run or skip, its name,
+    minutes expected, purpose and command, separated by tabs; and notes."""
+    out, first = Path(args.out), args.start or "no"
+    run, stages = {}, pipeline(args.rounds or 99)
+    for flag, value in (("--from", args.start), ("--to", args.to)):
+        if value and not any(name_of(d).startswith(value) for d, *_ in stages):
+            die(f"{flag} {value} is no stage (00_data, 04, 07_metarm/round_2, ...)")
+    if (out / "seed_0/run.json").exists():
+        die(f"{out} holds experiments: give another --out")
+    if out.exists() and not args.dry_run:
+        lock(out)
+        for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
+            for manifest in out.glob(pattern):
+                promote(manifest.parent)  # a process was killed just before it did
+    check_data(out if not "00_data".startswith(first) else Path("no"), flags)
+    if (out / "run.json").exists():
+        run = common.read_json(out / "run.json")
+    preset = args.preset or run.get("preset", "toy")
+    limit = args.limit or run.get("limit")
+    rounds = args.rounds if args.rounds is not None else 1 if limit else 3 if preset == "toy" else 4
+    if not flags and (made := read_manifest(out, "00_data")):
+        flags = recorded_flags(made)
+    again, done = False, False
+    M = import_module("02_rm_ensemble").HPARAMS["M"][CHOICES["preset"].index(preset)]
+    for directories, purpose, seconds, command in pipeline(rounds, M):
+        name, several = name_of(directories), len(directories) > 1  # those keep what is finished
+        forced = name.startswith(first) or again and bool(args.start)
+        reason = None if args.dry_run else why(out, directories)
+        if not again and reason and reason != "missing":
+            print(f"note\t{name} {reason}: it runs again, and all after it")
+        unfinished = any((out / f"{d}.partial").exists() for d in directories)
+        again = again or forced or bool(reason) or unfinished
+        command += f" {shlex.join(flags)}" * (name == "00_data" and bool(flags))
+        command += f" --out {shlex.quote(args.out)}" + " --restart" * (forced and several)
+        minutes = "unmeasured" if limit or preset != "toy" else f"{seconds / 60:.1f}"
+        if done and not name.startswith(args.to):
+            break
+        print("\t".join(("run" if again else "skip", name, minutes, purpose, command)))
+        done = done or bool(args.to) and name.startswith(args.to)
+    if args.start and not again:
+        die(f"--from {args.start} matched no stage of this run")
+
+
+# ---------------------------------------------------------------- the experiments
+
+def tenth(i, purpose, name="", flags=""):
+    """A reward model on the i-th tenth of the pairs by strength. A tenth is ten toy steps an epoch:
+    one epoch would hardly move a model."""
+    name = f"tenth_{i:02d}" + (f"_{name}" if name else "")
+    return ([f"04_rm_denoise/{name}"], purpose, 5.5,
+            f"04_rm_denoise.py --methods baseline --percentile {10 * i - 10} {10 * i} {flags} "
+            f"--epochs 3 --eval_every {{often}} --name {name}")
+
+
+def part(low, high, purpose):
+    """A reward model on a share of the pairs by strength, in as many steps as one epoch of all, so
+    that size and number of steps are not mixed up."""
+    name = f"part_{low:03d}_{high:03d}"
+    return ([f"04_rm_denoise/{name}"], purpose, 10,
+            f"04_rm_denoise.py --methods baseline --percentile {low} {high} "
+            f"--epochs {100 / (high - low):.4g} --name {name}")
+
+
+def pairs_table(rounds):
+    """The pipeline without its page, and every experiment, in order."""
+    models = [*(f"04_rm_denoise/{name}" for name in METHODS),
+              *(f"05_rm_contrastive/{name}" for name in CONTRASTIVE),
+              *(f"07_metarm/round_{r}" for r in range(1, rounds + 1))]
+    return [
+        *pipeline(rounds)[:-2],
+        # ---- sections 2.3, 2.4: what each part of the data teaches
+        *(tenth(i, "Figure 4") for i in range(1, 11)),
+        *(tenth(i, "Figure 5", "flip", "--flip_below 1") for i in (1, 2)),
+        tenth(10, "Figure 6", "soft", "--smoothing 0.1 --soften_all"),
+        tenth(10, "Figure 6", "margin", "--margin"),
+        tenth(10, "Figure 6", "soft_margin", "--smoothing 0.1 --soften_all --margin"),
+        tenth(1, "Figure 23", "flip_soft", "--flip_below 1 --smoothing 0.1"),
+        tenth(1, "Figure 23", "flip_margin", "--flip_below 1 --margin"),
+        tenth(1, "Figure 23", "flip_soft_margin", "--flip_below 1 --smoothing 0.1 --margin"),
+        tenth(4, "Figure 24", "soft", "--smoothing 0.1 --soften_all"),
+        tenth(4, "Figure 24", "margin", "--margin"),
+        tenth(1, "Figure 25", "soft", "--smoothing 0.1"),
+        *(part(0, high, "Figure 21") for high in (20, 40, 60, 80)),
+        *(part(low, 100, "Figure 22") for low in (80, 60, 40, 20)),
+        *(([f"04_rm_denoise/{method}_3_epochs"], "Figures 7, 8, 19, 20, 26, 27, 28", 33,
+           f"04_rm_denoise.py --methods {method} --epochs 3 --eval_every {{seldom}} "
+           f"--name {method}_3_epochs") for method in METHODS),
+        # ---- PPO without KL penalty under each reward model
+        *(([f"06_ppo/{name}"], "Figures 9, 10" if name in METHODS else "Figures 12, 13", 21,
+           f"06_ppo.py --rm {name} --kl_beta 0") for name in METHODS + CONTRASTIVE),
+        # ---- studies that the paper does not have; PPO with a seed of its own, or it would see
+        # round 0's prompts again
+        *(([f"06_ppo/more_{r}"], "more PPO, same reward model", 28, f"06_ppo.py --rm baseline "
+           f"--start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r} --seed 9{{seed}}{r}")
+          for r in range(1, min(3, rounds) + 1)),
+        # matched strength, lambda = eta: both are the factor of the same gradient of J
+        *(([f"07_metarm/eta_{eta}"], "MetaRM beside L - lambda J", 23, f"07_metarm.py --round 1 "
+           f"--eta {eta} --equation_17 0 --name eta_{eta}") for eta in STRENGTHS),
+        *(([f"07_metarm/joint_{lam}"], "MetaRM beside L - lambda J", 20,
+           f"lab/joint.py --round 1 --lam {lam} --name joint_{lam}") for lam in STRENGTHS),
+        (["06_ppo/joint"], "MetaRM beside L - lambda J", 30, "06_ppo.py --rm joint_{eta} "
+         "--start round_0 --name joint --seed 9{seed}1"),
+        (["08_best_of_n"], "best of n under each reward model", 110,
+         f"lab/best_of_n.py --n {{n}} --models {' '.join(models)}"),
+        (["08_evaluate"], "Figures 10, 13, 15, Tables 2, 3", 30, "08_evaluate.py")]
+
+
+def summary_table(rounds):
+    """The summary task's own pipeline."""
+    return [(["00_data"], "all", 3, "00_data.py --preferences toy:summary"),
+            (["01_sft"], "all", 40, "01_sft.py"),
+            (["02_rm_ensemble/rm_00", "02_rm_ensemble/rm_01"], "all", 15,
+             "02_rm_ensemble.py --M 2"),
+            (["03_strength"], "all", 6, "03_strength.py --M 2"),
+            (["04_rm_denoise/baseline"], "all", 12, "04_rm_denoise.py --methods baseline"),
+            *rounds_of(rounds), (["08_evaluate"], "Tables 2, 3", 11, "08_evaluate.py")]
+
+
+def complete(out, directories, flags):
+    """The directories were made by these flags from the inputs that are here now."""
+    manifests = [read_manifest(Path(out), name) for name in directories]
+    if manifests[0] and directories == ["00_data"] and recorded_flags(manifests[0]) != flags:
+        die(f"{out} was made with other flags ({shlex.join(recorded_flags(manifests[0]))}): choose "
+            "another --out")
+    return all(m and recorded_flags(m) == flags for m in manifests) and \
+        not why(Path(out), directories)
+
+
+def listed(args, data):
+    """Every experiment of every seed: (run directory, directories, purpose, seconds, script,
+    flags)."""
+    toy, limited, todo = args.preset in (None, "toy"), bool(args.limit), []
+    rounds = args.rounds or (2 if limited else 5)
+    words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250, "n": 4 if limited else 64,
+             "eta": import_module("07_metarm").HPARAMS["eta"][toy]}
+    for seed in range(args.seeds):
+        runs = [(f"seed_{seed}", pairs_table(rounds))]
+        if toy and "--preferences" not in data:
+            runs.append((f"summary_{seed}", summary_table(rounds)))
+        for run, table in runs:
+            for directories, purpose, seconds, command in table:
+                script, *flags = command.format(**words, seed=seed).split()
+                flags += [*data, "--seed", str(seed)] if script == "00_data.py" else []
+                todo.append((f"{args.out}/{run}", directories, purpose, seconds, script, flags))
+    return todo
+
+
+def work(args, data):
+    """Run what is not complete of the experiments, in this process."""
+    todo = listed(args, data)
+    if args.dry_run:
+        for out, directories, purpose, _, script, flags in todo:
+            command = shlex.join([script, *flags, "--out", out])
+            print(f"{command}   # {name_of(directories)}: {purpose}")
+        return
+    if rank() == 0:
+        left = [row for row in todo if not complete(row[0], row[1], row[5])]
+        took = f"about {sum(row[3] for row in left) / 60:.0f} minutes on two idle cores" \
+            if args.preset in (None, "toy") and not args.limit else "a time that was not measured"
+        log(f"{len(todo) - len(left)} of {len(todo)} stages are complete, the others take {took}")
+
+    def run(i, out, directories, purpose, _, script, flags):
+        sys.argv = [script, *flags, "--out", out]  # what the manifest records
+        sys.argv += ["--debug"] * args.debug + ["--restart"] * args.restart
+        log(f"\n== {i} of {len(todo)}, {out}/{name_of(directories)} ({purpose}): "
+            f"{shlex.join(sys.argv)}")
+        if rank() == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            with open(Path(out) / "commands.log", "a") as file:
+                launcher = "python" if script == "00_data.py" else "deepspeed"
+                file.write(shlex.join([launcher, *sys.argv]) + "\n")
+        import_module(script.removesuffix(".py").replace("/", ".")).main(sys.argv[1:])
+
+    for i, row in enumerate(todo, 1):  # data are made by one process, before the others join it
+        if row[4] == "00_data.py" and rank() == 0 and not complete(row[0], row[1], row[5]):
+            run(i, *row)
+    common.setup(SimpleNamespace(deterministic=False, seed=0, preset=args.preset, hparams={}))
+    for i, row in enumerate(todo, 1):
+        done = from_rank_0(lambda: complete(row[0], row[1], row[5]))  # noqa: B023
+        if row[4] != "00_data.py" and not done:
+            run(i, *row)
+    log(f"all {len(todo)} stages are complete")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     epilog="other flags go to 00_data.py",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: die(f"{message} (bash run_all.sh --help lists the flags)")
+    flag = parser.add_argument
+    flag("--out", default="out", help="run directory, or directory of the runs (default: out)")
+    flag("--plan", action="store_true", help="of the pipeline: what run_all.sh is to do")
+    flag("--from", dest="start", metavar="STAGE", help="with --plan: run this and all after it")
+    flag("--to", metavar="STAGE", help="with --plan: nothing after this")
+    flag("--seeds", type=int, help="seeds 0 to N-1 (default: 3)")
+    flag("--rounds", type=int, help="MetaRM rounds (pipeline: 3 in toy, 4 in paper, 1 with "
+         "--limit; experiments: 5, 2 with --limit)")
+    flag("--preset", choices=CHOICES["preset"], help="as for 00_data.py (default: toy)")
+    flag("--limit", type=int, help="as for 00_data.py: a smoke run")
+    flag("--dry_run", action="store_true", help="print the commands and run nothing")
+    flag("--restart", action="store_true", help="begin an unfinished stage anew")
+    flag("--debug", action="store_true", help="show the traceback of an error")
+    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    args, data = parser.parse_known_args()
+    for name in ("preset", "limit"):
+        value = getattr(args, name)
+        data += [f"--{name}", str(value)] if value is not None else []
+    if args.plan and args.seeds is not None:
+        die("--seeds goes with experiments")
+    args.seeds = 3 if args.seeds is None else args.seeds
+    if args.seeds < 1 or not args.plan and ("--seed" in data or args.start or args.to):
+        die("experiments take --seeds N, for seeds 0 to N-1, and neither --from nor --to")
+    if args.rounds is not None and args.rounds < (not args.plan):
+        die("--rounds must be 1 or more: MetaRM beside the joint objective needs one")
+    if args.plan:
+        plan(args, data)
+    elif (Path(args.out) / "run.json").exists():
+        die(f"{args.out} holds a single run: give the experiments another --out")
+    else:
+        work(args, data)
+
+
+if __name__ == "__main__":
+    common.launch(main)
