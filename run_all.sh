@@ -97,24 +97,21 @@ fi
 # ---- the pipeline: lab/experiments.py says what is to do, in order, and what it will take
 begin=$SECONDS
 plan=$(python "${code}lab/experiments.py" --plan --out "$out" "${flags[@]}" $dry) || exit 2
-if [ -z "$dry" ]; then
-  mkdir -p "$out" || fail "cannot make $out"
-  exec 9>"$out/.run_all.lock"
-  ! command -v flock >/dev/null || flock -n 9 || fail "another run_all.sh works on $out: wait"
-fi
+[ -z "$dry" ] || { echo "$plan"; exit 0; }
+mkdir -p "$out" || fail "cannot make $out"
+exec 9>"$out/.run_all.lock"
+! command -v flock >/dev/null || flock -n 9 || fail "another run_all.sh works on $out: wait"
 while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
   if [ "$do" = note ]; then echo; echo "== $id"; continue; fi
   if [ "$do" = skip ]; then echo "== $id is complete, skipped"; continue; fi
   eval "command=(deepspeed $(printf '%q ' "${launcher[@]}") $code$script)"
   case $id in 00_data|09_report) eval "command=(python $code$script)" ;; esac
-  if [ -n "$dry" ]; then echo "${command[*]}"; eval "python $code$script --dry_run"; continue; fi
   echo; echo "== $id: $purpose"; echo "   ${command[*]}"; echo "   minutes expected: $minutes"
   printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
   start=$SECONDS
   launch "${command[@]}" $restart || fail "$id failed; run it again with: $activate${command[*]}"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 done 3<<<"$plan"
-[ -z "$dry" ] || exit 0
 [ ! -f "$out/08_evaluate/tables.md" ] || cat "$out/08_evaluate/tables.md"
 echo "everything is in $out/ (page: $out/09_report/index.html, commands: $out/commands.log);" \
   "$(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"

@@ -15,9 +15,6 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# DeepSpeed compiles a small op at first use; the default cache is shared between versions and has
-# crashed
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 import numpy  # noqa: E402  (after the environment is set)
 import torch  # noqa: E402
@@ -74,6 +71,9 @@ def setup(args):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local))
+    # the one operator that DeepSpeed would compile here serves inference only; compiling it needs
+    # a C++ compiler, and a process killed meanwhile leaves a lock that all others wait for
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", verbose=False)
     set_seed(args.seed)

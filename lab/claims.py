@@ -1,12 +1,15 @@
 """The paper's claims: what is measured for each, and the ledger of verdicts.
 
-The claims, the quantities and the criteria stand in CLAIMS. They were written before the
+The claims, the quantities and the criteria stand in claims.toml. They were written before the
 experiments were run (git log has the commit) and are not changed after; a criterion that proves
-ill-posed is marked and a second one is put beside it, with the reason and the date (NOTES). Each
-quantity has a 95 % interval: a bootstrap over the seeds and, inside a seed, over the pairs or
-prompts it was measured on. A claim **holds** when the interval lies inside the criterion, **fails**
-when it lies outside, and is **open** when it crosses it or fewer than three seeds were run.
+ill-posed is marked and a second one is put beside it, with the reason and the date. Each quantity
+has a 95 % interval: a bootstrap over the seeds and, inside a seed, over the pairs or prompts it was
+measured on. A claim **holds** when the interval lies inside the criterion, **fails** when it lies
+outside, and is **open** when it crosses it or fewer than three seeds were run.
 """
+import tomllib
+from pathlib import Path
+
 import numpy as np
 
 from lab import figures
@@ -306,133 +309,24 @@ def equation_17(kind):
 
 # ---------------------------------------------------------------- the ledger
 
-# id, where, the claim, the paper's number, what is measured here, criterion (low, high), function
-# of it
-CLAIMS = [
-    ("C1", "2.2, Figure 1",
-     "About a quarter of the pairs has a mean preference difference below 0.", "about 0.25",
-     "share of training pairs with mean < 0", (0.20, 0.30), share_below_zero),
-    ("C2", "2.2, Figure 2", "The std is U-shaped over strength.", "",
-     "lower mean std of the two outer of 20 groups / mean std of the middle ten", (1,
-                                                                                   None), u_shape),
-    ("C3", "2.2, Figure 3", "Consistency with the judge rises with strength.",
-     "0.164, 0.544, 0.956",
-     "lesser of the two rises, weakest to near-zero to strongest group of Figure 3", (0, None),
-     consistency_steps),
-    ("C4", "2.3, Figure 4", "The weakest fifth trains a model worse than chance.", "below 0.5",
-     "accuracy on the judge's labels, mean of tenths 1 and 2", (None, 0.5), tenths_mean(1, 2)),
-    ("C5", "2.3, Figure 4", "The 20-40 % slice trains a model near chance.", "about 0.5",
-     "accuracy on the judge's labels, mean of tenths 3 and 4", (0.45, 0.55), tenths_mean(3, 4)),
-    ("C6", "2.3, Figure 4", "The strongest tenth alone is not the best tenth.", "",
-     "accuracy of tenths 7 to 9 (mean) minus that of tenth 10", (0, None), strongest_is_not_best),
-    ("C7", "2.4.1, Figure 5", "Flipping the labels of the two weakest tenths makes each useful.",
-     "", "accuracy after flipping, the lesser of tenths 1 and 2", (0.5, None), both_flipped),
-    ("C8", "2.4.2, Figure 6",
-     "On the strongest tenth soft labels + margin beat margin, which beats nothing.", "",
-     "lesser of the two steps in accuracy", (0, None), strongest_order),
-    ("C9", "2.4.2, Figure 7", "A margin on all data helps.", "",
-     "accuracy of margin minus baseline, one epoch", (0, None), margin_helps),
-    ("C10", "2.5, Figure 8",
-     "Denoising methods overfit less: their accuracy does not fall late, the baseline's does.", "",
-     "change of accuracy from epoch 1 to 3, judge and consistent sets: mean of flip, flip+margin, "
-     "soft+margin, minus "
-     "baseline", (0, None), less_overfitting),
-    ("C10b", "2.5, Figure 8", "The baseline's accuracy falls late in training.", "",
-     "the baseline's own change of accuracy from epoch 1 to 3, judge and consistent sets",
-     (None, 0), lambda d, pick: late_changes(d, pick)[0]),
-    ("C10c", "2.5, Figure 8", "That of the denoising methods does not.", "",
-     "their own change, mean of the three (a fall is more than 0.02)", (-0.02, None),
-     lambda d, pick: late_changes(d, pick)[1]),
-    ("C11", "2.5, Figure 8", "Baseline and margin lead on the original, noisy validation set.", "",
-     "accuracy after three epochs, mean of baseline and margin minus mean of the three denoising "
-     "methods", (0, None), noisy_set_leaders),
-    ("C12", "2.5, Figure 9",
-     "Without KL penalty, KL and perplexity of PPO are steadier under denoised reward models.", "",
-     "log of roughness under baseline / under the denoised models, mean over KL and log perplexity",
-     (0, None), steadier_kl),
-    ("C13", "2.5, Figure 10", "All four methods win against the baseline on harmless prompts.", "",
-     "win minus lose, the least of the four methods", (0, None), all_win_harmless),
-    ("C14", "2.5, Figure 10", "The gain is smaller on helpful prompts.", "",
-     "win minus lose against baseline, harmless minus helpful, mean of the four methods", (0, None),
-     less_on_helpful),
-    ("C15", "3.1, Figure 11", "SimCSE lowers the overlap of chosen and rejected features.", "",
-     "silhouette under SimCSE minus under the baseline", (0, None), simcse_separates),
-    ("C16", "3.1, Figure 12",
-     "Reward and return of PPO are steadier under contrastive reward models.", "",
-     "log of roughness under baseline / under the four models, mean over reward and return",
-     (0, None), steadier_reward),
-    ("C17", "3.1, Figure 13", "SimCSE on pairs is the best of the contrastive variants.", "",
-     "win minus lose against SFT over harmless and helpful, SimCSE minus the best other", (0, None),
-     simcse_is_best),
-    ("C18", "3.2, Figure 16",
-     "MetaRM widens the reward differences on the shifted policy's samples.", "",
-     "J (Eq. 11) at theta minus the vanilla model's, held-back samples, mean of the rounds",
-     (0, None), wider_differences),
-    ("C19", "3.2.1, Table 2", "The win rate over SFT rises over the first rounds.",
-     "harmless 44 to 69 %", "win rate of round 3 minus round 1, mean of the tasks", (0, None),
-     first_rounds_rise),
-    ("C20", "3.2.1, Table 2", "After some round it falls.", "harmless 69 to 64 %",
-     "win rate of the best round (chosen on other prompts) minus that of the last", (0, None),
-     falls_after_best),
-    ("C21", "3.2.1, Table 3", "The best round beats vanilla PPO.", "harmless 54 : 15",
-     "win minus lose, best round (chosen on other prompts) against round 0, mean of the tasks",
-     (0, None), best_beats_vanilla),
-    ("C22a", "3.2.1, Figure 15", "Out of distribution the best round beats vanilla PPO too.", "",
-     "the same on out-of-distribution prompts", (0, None), best_beats_vanilla_ood),
-    ("C22b", "3.2.1, Figure 15", "Out of distribution its gain is a little smaller.", "",
-     "win minus lose in distribution minus out of distribution", (0,
-                                                                  None), less_out_of_distribution),
-    ("C23a", "A, Figure 19", "After the first epoch training accuracy goes on rising.", "",
-     "training accuracy at the end of epoch 3 minus epoch 1, baseline", (0, None),
-     later_epochs("train")),
-    ("C23b", "A, Figure 19", "Validation accuracy does not.", "",
-     "accuracy on the original validation set at the end of epoch 3 minus epoch 1, baseline",
-     (None, 0.02), later_epochs("original")),
-    ("C24", "A, Figure 20", "Scores inflate from epoch to epoch without a wider gap.", "",
-     "rise of the mean score from epoch 1 to 3 minus that of the chosen-rejected gap, baseline",
-     (0, None), inflation),
-    ("C24b", "A, Figure 20", "Scores rise from epoch to epoch.", "",
-     "mean score at the end of epoch 3 minus epoch 1, baseline", (0, None), score_rise),
-    ("C24c", "A, Figure 20", "The gap between chosen and rejected hardly grows meanwhile.", "",
-     "gap at the end of epoch 3 / at the end of epoch 1, baseline (hardly: by less than a fifth)",
-     (None, 1.2), gap_ratio),
-    ("C25a", "C, Figure 21",
-     "Growing from the weakest end, much good data is needed to make up for it.", "",
-     "accuracy from the strongest fifth alone minus from the weakest three fifths, equal steps",
-     (0, None), weak_end_costs),
-    ("C25b", "C, Figure 22", "Growing from the strongest end, accuracy does not fall.", "",
-     "accuracy from the strongest three fifths minus from the strongest fifth, equal steps",
-     (-0.02, None), strong_end_keeps),
-    ("C26", "C, Figure 26", "With flipped labels p moves to 0 and 1 sooner.",
-     "5k against 10k steps",
-     "mean |2p - 1| of training pairs over three epochs, flip minus baseline", (0, None),
-     sooner_extreme),
-    ("C27", "C, Figure 27", "The methods differ mostly on weak slices.", "",
-     "share of pairs judged otherwise than by the baseline, weak half minus strong half, mean of "
-     "the four methods", (0, None), differ_on_weak),
-    ("C28a", "3.2, Eq. 17", "The meta step changes the gradient by that of grad L . grad J.", "",
-     "cosine of grad L(theta') - grad L(theta) and grad (grad L . grad J), at the baseline",
-     (0.9, None), equation_17("whole")),
-    ("C28b", "3.2, Eq. 17", "It does if grad J is held fixed, as Eq. 15's Jacobian is.", "",
-     "the same with grad J held fixed", (0.9, None), equation_17("fixed")),]
-
-
-# What was found about a claim's criterion after it was written; the criterion stays as it is.
-SAME_BEST = "until 2026-11-25 the best round was chosen anew in each bootstrap replicate, by win " \
-    "rate; since then it is stage 08's, the one of Table 3"
-NOTES = {
-    "C3": "until 2026-11-25 the groups were sixths of the pairs; since then they are stage 03's",
-    "C20": SAME_BEST + ", and it may be the last round, which makes the fall 0", "C21": SAME_BEST,
-    "C22a": SAME_BEST, "C22b": SAME_BEST,
-    "C1": "the value depends on the world's share of wrong labels, about 0.32 here", "C10":
-        "the difference alone can hold without any fall (2026-11-24, in review): see C10b and "
-        "C10c, added then, when two "
-        "seeds had been seen",
-    "C12": "one curve a seed: the interval is over seeds only and too narrow with few",
-    "C16": "one curve a seed: the interval is over seeds only and too narrow with few", "C24":
-        "ill-posed: it holds also when scores fall and the gap falls more, or when both rise "
-        "(2026-11-24, in review): see "
-        "C24b and C24c, added then, when two seeds had been seen",}
+MEASURES = {
+    "C1": share_below_zero, "C2": u_shape, "C3": consistency_steps, "C4": tenths_mean(1, 2),
+    "C5": tenths_mean(3, 4), "C6": strongest_is_not_best, "C7": both_flipped,
+    "C8": strongest_order, "C9": margin_helps, "C10": less_overfitting,
+    "C10b": lambda d, pick: late_changes(d, pick)[0],
+    "C10c": lambda d, pick: late_changes(d, pick)[1], "C11": noisy_set_leaders,
+    "C12": steadier_kl, "C13": all_win_harmless, "C14": less_on_helpful, "C15": simcse_separates,
+    "C16": steadier_reward, "C17": simcse_is_best, "C18": wider_differences,
+    "C19": first_rounds_rise, "C20": falls_after_best, "C21": best_beats_vanilla,
+    "C22a": best_beats_vanilla_ood, "C22b": less_out_of_distribution,
+    "C23a": later_epochs("train"), "C23b": later_epochs("original"), "C24": inflation,
+    "C24b": score_rise, "C24c": gap_ratio, "C25a": weak_end_costs, "C25b": strong_end_keeps,
+    "C26": sooner_extreme, "C27": differ_on_weak, "C28a": equation_17("whole"),
+    "C28b": equation_17("fixed")}
+# [(id, entry with its criterion (low, high; None is no bound), function)]
+CLAIMS = [(name, {"note": "", "paper": "", **c, "criterion": (c.get("low"), c.get("high"))},
+           MEASURES[name]) for name, c in tomllib.loads(
+               Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()]
 
 
 def verdict(low, high, criterion, seeds):
@@ -470,31 +364,26 @@ def as_arrays(data):
 
 def ledger(collected):
     """CLAIMS with their value for each seed that has what they are measured on, mean, interval and
-    verdict.
-    collected: {figure: {run: data}}."""
-    runs = {}
+    verdict. collected: {figure: {run: data}}."""
+    runs, out = {}, []
     for name, data in collected.items():
         for run, values in data.items():
             runs.setdefault(run, {})[name] = as_arrays(values)
-    out = []
-    for k, (claim, where, text, paper, quantity, criterion,
-            measure) in enumerate(progress(CLAIMS, "claims")):
-        entry = {
-            "id": claim, "where": where, "claim": text, "paper": paper, "quantity": quantity,
-            "criterion": criterion, "note": NOTES.get(claim, "")}
+    for k, (name, claim, measure) in enumerate(progress(CLAIMS, "claims")):
+        entry = {"id": name, **{k: claim[k] for k in (
+            "where", "claim", "paper", "quantity", "criterion", "note")}}
         values, lacks = {}, "run"
         for run, d in runs.items():
             try:
                 values[run] = float(measure(d, np.arange))
-            # the figure, model, evaluation set or kind of label that it has not
-            except KeyError as missing:
+            except KeyError as missing:  # the figure, model, set or kind of label that it has not
                 lacks = missing.args[0]
         if not values or not np.isfinite(list(values.values())).all():
             reason = "too few steps, rounds or sets" if values else f"this run has no {lacks}"
             out.append({**entry, "verdict": "not measured", "reason": reason})
             continue
         low, high = interval(measure, [runs[run] for run in values], np.random.default_rng(k))
-        out.append({
-            **entry, "values": values, "mean": float(np.mean(list(values.values()))),
-            "interval": [low, high], "verdict": verdict(low, high, criterion, len(values))})
+        out.append({**entry, "values": values, "mean": float(np.mean(list(values.values()))),
+                    "interval": [low, high],
+                    "verdict": verdict(low, high, claim["criterion"], len(values))})
     return out

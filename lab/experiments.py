@@ -11,6 +11,7 @@ summaries as a task of its own, with its own models: OUT/summary_s. That run nee
 preferences, so its ensemble has two models only.
 """
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -113,6 +114,16 @@ def check_data(out, flags):
                 "or --from 00")
 
 
+def show_resolved(command, preset):
+    """Print a command and, by its stage, the hyperparameters that it resolves to."""
+    script, *flags = shlex.split(command)
+    print("python" if script[:2] in ("00", "09") else "deepspeed", command)
+    sys.argv = [script]
+    with contextlib.suppress(SystemExit):
+        import_module(script.removesuffix(".py")).main(
+            [*flags, "--dry_run", *(["--preset", preset] if preset else [])])
+
+
 def plan(args, flags):
     """Print a line for each stage of the run that run_all.sh is asked for: run or skip, its name,
     minutes expected, purpose and command, separated by tabs; and notes."""
@@ -145,12 +156,15 @@ def plan(args, flags):
         if not again and reason and reason != "missing":
             print(f"note\t{name} {reason}: it runs again, and all after it")
         unfinished = any((out / f"{d}.partial").exists() for d in directories)
-        again = again or forced or bool(reason) or unfinished
+        again = again or forced or bool(reason) or unfinished or args.dry_run
         command += f" {shlex.join(flags)}" * (name == "00_data" and bool(flags))
         command += f" --out {shlex.quote(args.out)}" + " --restart" * (forced and several)
         minutes = "unmeasured" if limit or preset != "toy" else f"{seconds / 60:.1f}"
         if done and not name.startswith(args.to):
             break
+        if args.dry_run:
+            show_resolved(command, args.preset)
+            continue
         print("\t".join(("run" if again else "skip", name, minutes, purpose, command)))
         done = done or bool(args.to) and name.startswith(args.to)
     if args.start and not again:

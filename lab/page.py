@@ -1,39 +1,20 @@
 """One page of a run, or of experiments over several seeds: what was run, the ledger, every figure
-and
-table beside what the paper saw, and the commands and numbers behind them."""
+and table beside what the paper saw, the commands and numbers behind them. page.html is its form."""
 import base64
-import html
 import json
 import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
+import jinja2
 
 from lab import figures
 from lab.base import die, log, progress, read_json, write_text
 from lab.claims import MIN_SEEDS, VERDICTS, ledger
 from lab.manifest import finished, head
 
-TEMPLATE = Path(__file__).with_name("page.html")
 TEXTS = ("table_1", "samples")
-
-
-def escape(value):
-    return html.escape(str(value))
-
-
-def html_table(rows):
-    """Rows, the first the head → a table that scrolls inside the page when it is wide."""
-    def line(row, tag):
-        return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in row) + "</tr>"
-    body = "".join(line(row, "td") for row in rows[1:])
-    return f"<div class=wide><table>{line(rows[0], 'th')}{body}</table></div>"
-
-
-def folded(title, content):
-    return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def number(x):
@@ -45,54 +26,12 @@ def span(e):
     return f"{number(e['interval'][0])} to {number(e['interval'][1])}"
 
 
-def badge(e):
-    return f"<span class='v {e['verdict'].split()[0]}'>{e['verdict']}</span>"
-
-
 def bounds(criterion):
     """(low, high) for people."""
     low, high = criterion
     if low is not None and high is not None:
         return f"{low:g} to {high:g}"
     return f"> {low:g}" if low is not None else f"< {high:g}"
-
-
-def ledger_table(entries):
-    titles = ("claim, section", "", "verdict", "mean, 95 %", "each seed",
-              "what is measured; holds if")
-    rows = ["<tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"]
-    for e in entries:
-        if "values" in e:
-            seeds = ", ".join(map(number, e["values"].values()))
-            result = f"<td class=n>{number(e['mean'])}<br><span class=mute>{span(e)}</span></td>" \
-                     f"<td class=n>{seeds}</td>"
-        else:
-            result = f"<td colspan=2 class=mute>{escape(e['reason'])}</td>"
-        more = f"<br><span class=mute>paper: {escape(e['paper'])}</span>" if e["paper"] else ""
-        more += f"<br><i>{escape(e['note'])}</i>" if e["note"] else ""
-        rows.append(
-            f"<tr id={e['id']}><td>{e['id']}<br><span class=mute>{escape(e['where'])}</span></td>"
-            f"<td>{escape(e['claim'])}{more}</td><td>{badge(e)}</td>{result}"
-            f"<td>{escape(e['quantity'])}<br><b>{escape(bounds(e['criterion']))}</b></td></tr>")
-    return f"<div class=wide><table class=ledger>{''.join(rows)}</table></div>"
-
-
-def texts(name, data):
-    """Table 1 or the answers of each round, from the first seed."""
-    if name == "table_1":
-        return "".join(
-            f"<h3>{kind}: mean {pair[figures.MEAN]:.2f}, std {pair[figures.STD]:.2f}</h3><pre>" +
-            "\n\n".join(f"{key}: {escape(pair[key].strip())}"
-                        for key in ("prompt", "chosen", "rejected")) + "</pre>"
-            for kind, pair in data.items())
-    out = "<p>The reward is each round's own reward model's; where it rises and gold falls, the " \
-          "policy has learned the model's mistakes.</p>"
-    for sample in data.values():
-        rows = [["policy", "answer", "reward", "gold"]] + [
-            [a["policy"], a["response"], f"{a['reward']:.2f}",
-             f"{a['gold']:.2f}" if "gold" in a else ""] for a in sample["answers"]]
-        out += f"<pre>{escape(sample['prompt'].strip())}</pre>{html_table(rows)}"
-    return out
 
 
 def commands(run, patterns):
@@ -120,32 +59,6 @@ def what_was_run(runs):
     return rows
 
 
-def ours(entries, title):
-    """The ledger's lines on a figure or table, by its number."""
-    place = re.match(r"(?:Figure|Table|Equation) \d+", title)
-    mine = re.compile(rf"\b{place[0].replace('Equation', 'Eq.')}\b") if place else None
-    lines = []
-    for e in [e for e in entries if mine and mine.search(e["where"])]:
-        result = f"<span class=mute>({escape(e['quantity'])}: {number(e['mean'])}, {span(e)})" \
-                 "</span>" if "values" in e else ""
-        lines.append(f"<li><a href=#{e['id']}>{e['id']}</a> {badge(e)} {escape(e['claim'])} "
-                     f"{result}</li>")
-    return f"<p><b>Ours:</b></p><ul>{''.join(lines)}</ul>" if lines else ""
-
-
-def section(name, entries, body, lines, table):
-    """A figure or table: its number, what the paper saw, ours, the commands and the numbers."""
-    title, saw, *_ = figures.FIGURES[name]
-    paper = f"<p><b>Paper:</b> {escape(saw)}</p>" if saw else ""
-    text = f"<section id={name}><h2>{escape(title)}</h2>{paper}{ours(entries, title)}{body}"
-    # no claim says what a figure of ours shows
-    shown = table and title.startswith("Not in the paper")
-    text += html_table(table) if shown else ""
-    text += folded("commands", f"<pre>{escape(chr(10).join(lines))}</pre>") if lines else ""
-    text += folded("numbers", html_table(table)) if len(table) > 1 and not shown else ""
-    return f"{text}</section>"
-
-
 def collect(runs, show_texts):
     """({figure: {run: data}}, {figure: why it is not there}); a run that lacks a figure is left out
     of it."""
@@ -162,41 +75,42 @@ def collect(runs, show_texts):
     return {name: data for name, data in collected.items() if data}, absent
 
 
+def sections(runs, entries, collected, absent, folder):
+    """What page.html shows of each figure and table; draws them into `folder`."""
+    for name, (title, saw, made, _, draw) in progress(figures.FIGURES.items(), "drawing"):
+        place = re.match(r"(?:Figure|Table|Equation) \d+", title)
+        mine = re.compile(rf"\b{place[0].replace('Equation', 'Eq.')}\b") if place else None
+        s = SimpleNamespace(name=name, title=title, saw=saw, absent=absent.get(name), table=[],
+                            image=None, data=None, commands="", ours=[
+                                e for e in entries if mine and mine.search(e["where"])])
+        if name in collected:
+            seeds = list(collected[name].values())
+            figure, s.table = draw(seeds)
+            s.commands, s.absent = "\n".join(commands(runs[0], made)), None
+            s.data = seeds[0] if name in TEXTS else None
+            if figure:
+                figure.savefig(folder / f"{name}.png", dpi=90)
+                figures.plt.close(figure)
+                s.image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        # where there is no picture, or no claim that says what it shows
+        s.open = not s.image or title.startswith("Not in the paper")
+        yield s
+
+
 def page(runs, entries, collected, absent, folder):
-    """(index.html's text, {figure: rows of the table behind it}); draws the figures into
-    `folder`."""
-    sections, tables = [], {}
-    for name, (title, _, made, _, draw) in progress(figures.FIGURES.items(), "drawing"):
-        if name not in collected:
-            sections.append(
-                section(name, entries, f"<p class=mute>{escape(absent[name])}</p>", [], []))
-            continue
-        seeds = list(collected[name].values())
-        figure, table = draw(seeds)
-        tables[name] = table
-        if figure:
-            figure.savefig(folder / f"{name}.png", dpi=90)
-            figures.plt.close(figure)
-            image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-            body = f"<img alt=\"{escape(title)}, ours\" src=\"data:image/png;base64,{image}\">"
-        elif name in TEXTS:
-            body = texts(name, seeds[0])
-        else:
-            body, table = html_table(table), []
-        sections.append(section(name, entries, body, commands(runs[0], made), table))
+    """(index.html's text, {figure: rows of the table behind it})."""
     words = dict(zip(VERDICTS, ("hold", "fail", "are open", "were not measured")))
     count = [f"{n} {word}" for v, word in words.items()
              if (n := sum(e["verdict"] == v for e in entries))]
     few = f" Only {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open." \
         if len(runs) < MIN_SEEDS else ""
-    intro = f"<p>Of {len(entries)} claims: {', '.join(count)}.{few} The criteria were written " \
-            "before the experiments were run, but for those whose note says otherwise. The " \
-            "intervals are bootstraps over seeds and, in a seed, over pairs or prompts: with so " \
-            "few seeds they show the order of the spread, not more.</p>"
-    body = f"<h2>What was run</h2><div id=runs>{html_table(what_was_run(runs))}</div>" \
-           f"<h2 id=ledger>The ledger</h2>{intro}{ledger_table(entries)}{''.join(sections)}"
-    text = TEMPLATE.read_text(encoding="utf-8").replace("BODY", body)
-    return text, {name: table for name, table in tables.items() if table}
+    shown = list(sections(runs, entries, collected, absent, folder))
+    form = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinja2.FileSystemLoader(
+        Path(__file__).parent)).get_template("page.html")
+    text = form.render(runs=what_was_run(runs), entries=entries, count=", ".join(count), few=few,
+                       sections=shown, number=number, span=span, bounds=bounds,
+                       mean=figures.MEAN, std=figures.STD)
+    return text, {s.name: s.table for s in shown if s.table}
 
 
 def find_runs(out):

@@ -23,7 +23,8 @@ def all_cores():
 
 
 def run(*command, check=True, processes=1):
-    """A command in the repository's root, as a user would give it; its output is shown when it fails."""
+    """A command in the repository's root, as a user would give it; its output is shown when it
+    fails."""
     done = subprocess.run([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, preexec_fn=all_cores if processes > 1 else None)
     assert not check or done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
@@ -32,8 +33,8 @@ def run(*command, check=True, processes=1):
 
 def deepspeed(processes, script, *flags):
     """A stage through the real launcher, on a port of this worker's own."""
-    return run("deepspeed", "--num_gpus", processes, "--master_port", 29731 + WORKER, script, *flags,
-               processes=processes)
+    return run("deepspeed", "--num_gpus", processes, "--master_port", 29731 + WORKER, script,
+               *flags, processes=processes)
 
 
 def python_stages(*commands):
@@ -45,16 +46,17 @@ def python_stages(*commands):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A run directory with a barely trained SFT model, two voters, the baseline reward model and round 0."""
+    """A run directory with a barely trained SFT model, two voters, the baseline reward model and
+    round 0."""
     out = tmp_path_factory.mktemp("run") / "out"
     flags = ["--out", out]
-    python_stages(
-        ["00_data", *flags, "--preset", "toy", "--n_pairs", 400, "--n_sft", 400, "--n_prompts", 100, "--n_eval", 20],
-        ["01_sft", *flags, "--limit", 60, "--hidden_size", 64, "--layers", 2],
-        ["02_rm_ensemble", *flags, "--M", 2, "--limit", 5],
-        ["03_strength", *flags, "--M", 2],
-        ["04_rm_denoise", *flags, "--methods", "baseline", "--limit", 10],
-        ["06_ppo", *flags, "--round", 0, "--limit", 2])
+    python_stages([
+        "00_data", *flags, "--preset", "toy", "--n_pairs", 400, "--n_sft", 400, "--n_prompts", 100,
+        "--n_eval", 20], ["01_sft", *flags, "--limit", 60, "--hidden_size", 64, "--layers", 2],
+                  ["02_rm_ensemble", *flags, "--M", 2, "--limit", 5],
+                  ["03_strength", *flags, "--M", 2],
+                  ["04_rm_denoise", *flags, "--methods", "baseline", "--limit", 10],
+                  ["06_ppo", *flags, "--round", 0, "--limit", 2])
     return out
 
 

@@ -1,4 +1,5 @@
-"""Verification, replay, resume after kills and signals, determinism and bad input (see also test_stages.py)."""
+"""Verification, replay, resume after kills and signals, determinism and bad input (see also
+test_stages.py)."""
 import json
 import os
 import random
@@ -20,8 +21,9 @@ WORKER = [sys.executable, ROOT / "tests/pipeline_worker.py"]
 
 def start(log, *command, processes=1):
     """A command in a session of its own, its output in a file."""
-    return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=open(log, "w"), stderr=subprocess.STDOUT,
-                            start_new_session=True, preexec_fn=all_cores if processes > 1 else None)
+    return subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=open(log, "w"),
+                            stderr=subprocess.STDOUT, start_new_session=True,
+                            preexec_fn=all_cores if processes > 1 else None)
 
 
 def wait_for(condition, process, seconds=90):
@@ -62,7 +64,8 @@ def copy(audited, tmp_path):
 # ---------------------------------------------------------------- kill and go on
 
 def test_sigkill_at_twelve_moments_changes_nothing(audited, tmp_path):
-    """In a step, in a checkpoint, in generation, between stages: the end is that of the undisturbed run."""
+    """In a step, in a checkpoint, in generation, between stages: the end is that of the undisturbed
+    run."""
     undisturbed, seconds = audited
     out, rng, kills, hit, log = tmp_path / "out", random.Random(0), 0, set(), tmp_path / "log"
     while kills < 12:
@@ -73,11 +76,16 @@ def test_sigkill_at_twelve_moments_changes_nothing(audited, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-        if process.returncode != -signal.SIGKILL:  # the machine is faster than it was: the later stages once more
+        # the machine is faster than it was: the later stages once more
+        if process.returncode != -signal.SIGKILL:
             assert process.returncode == 0, log.read_text()[-2000:]
-            for name in ("04_rm_denoise", "05_rm_contrastive", "06_ppo", "07_metarm", "08_evaluate"):
+            for name in ("04_rm_denoise", "05_rm_contrastive", "06_ppo", "07_metarm",
+                         "08_evaluate"):
                 shutil.rmtree(out / name)
-        hit |= {str(p.relative_to(out)) for pattern in ("*.partial", "*/*.partial") for p in out.glob(pattern)}
+        hit |= {
+            str(p.relative_to(out))
+            for pattern in ("*.partial", "*/*.partial")
+            for p in out.glob(pattern)}
     run(*WORKER, out)
     print(f"{kills} kills, unfinished after one: {sorted(hit)}")
     assert kills == 12 and len(hit) >= 4
@@ -86,20 +94,27 @@ def test_sigkill_at_twelve_moments_changes_nothing(audited, tmp_path):
                 p.name.startswith("checkpoint")]
 
 
-@pytest.mark.parametrize("processes, cases", [
-    (1, ["04_rm_denoise:0", "05_rm_contrastive:0", "06_ppo:0", "07_metarm:0", "02_rm_ensemble:0", "01_sft:0"]),
-    (2, ["04_rm_denoise:1", "05_rm_contrastive:2", "06_ppo:3", "07_metarm:0", "07_metarm:2", "07_metarm:3", "01_sft:2"]),
-])
+@pytest.mark.parametrize("processes, cases",
+                         [(1, [
+                             "04_rm_denoise:0", "05_rm_contrastive:0", "06_ppo:0", "07_metarm:0",
+                             "02_rm_ensemble:0", "01_sft:0"]),
+                          (2, [
+                              "04_rm_denoise:1", "05_rm_contrastive:2", "06_ppo:3", "07_metarm:0",
+                              "07_metarm:2", "07_metarm:3", "01_sft:2"]),])
 def test_resume_is_exact(run_copy, tmp_path, processes, cases):
-    """Every training stage, ZeRO 0 to 3: cut off after step 4 of 5, half-written files lying about."""
+    """Every training stage, ZeRO 0 to 3: cut off after step 4 of 5, half-written files lying
+    about."""
     deepspeed(processes, "tests/resume_worker.py", tmp_path / "results.json", run_copy, *cases)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == cases
     for case, result in results.items():
-        assert result["kept"] == ["checkpoint_4"] and result["files"] >= 3 and result["different"] == [], (case, result)
+        assert result["kept"] == [
+            "checkpoint_4"] and result["files"] >= 3 and result["different"] == [], (case, result)
 
 
-TRAIN = ["04_rm_denoise.py", "--methods", "margin", "--name", "mine", "--limit", 40, "--eval_every", 40, "--batch_size", 16]
+TRAIN = [
+    "04_rm_denoise.py", "--methods", "margin", "--name", "mine", "--limit", 40, "--eval_every", 40,
+    "--batch_size", 16]
 
 
 def test_sigkill_of_two_processes(run_copy, tmp_path):
@@ -111,7 +126,8 @@ def test_sigkill_of_two_processes(run_copy, tmp_path):
     assert wait_for(lambda: (partial / "checkpoint_6").exists(), process), log.read_text()[-2000:]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    step = int(max(partial.glob("checkpoint_*"), key=lambda p: p.stat().st_mtime).name.split("_")[1])
+    step = int(
+        max(partial.glob("checkpoint_*"), key=lambda p: p.stat().st_mtime).name.split("_")[1])
     text = deepspeed(2, *flags).stdout
     killed = json.loads((run_copy / "04_rm_denoise/mine/manifest.json").read_text())["outputs"]
     assert f"goes on after step {step} of " in text and step >= 6
@@ -122,18 +138,26 @@ def test_sigkill_of_two_processes(run_copy, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, number):
-    command, partial = [sys.executable, *TRAIN, "--out", run_copy], run_copy / "04_rm_denoise/mine.partial"
+    command, partial = [sys.executable, *TRAIN, "--out",
+                        run_copy], run_copy / "04_rm_denoise/mine.partial"
     process = start(tmp_path / "log", *command)
-    # --limit 40 evaluates at steps 0 and 40 only: the first line means that the loop has begun or is about to
-    assert wait_for(lambda: (partial / "metrics.jsonl").exists() and (partial / "metrics.jsonl").stat().st_size, process)
+    # --limit 40 evaluates at steps 0 and 40 only: the first line means that the loop has begun or
+    # is about to
+    assert wait_for(
+        lambda: (partial / "metrics.jsonl").exists() and (partial / "metrics.jsonl").stat().st_size,
+        process)
     process.send_signal(number)
     text = (tmp_path / "log").read_text() if process.wait() == record.STOPPED else ""
-    assert re.search(rf"stopped by {number.name} after step \d+ of \d+.*the same command goes on", text), text
-    assert len(list(partial.glob("checkpoint_*"))) == 1 and not (run_copy / "04_rm_denoise/mine").exists()
-    # other hyperparameters, seed or world size are refused with the differences, and nothing is lost
+    assert re.search(rf"stopped by {number.name} after step \d+ of \d+.*the same command goes on",
+                     text), text
+    assert len(list(
+        partial.glob("checkpoint_*"))) == 1 and not (run_copy / "04_rm_denoise/mine").exists()
+    # other hyperparameters, seed or world size are refused with the differences, and nothing is
+    # lost
     refused = run(*command, "--lr", 0.01, "--seed", 7, check=False)
     line = refused.stdout.splitlines()[-1]
-    assert refused.returncode == 2 and "--lr (0.001 then, 0.01 now)" in line and "seed (0 then, 7 now)" in line
+    assert refused.returncode == 2 and "--lr (0.001 then, 0.01 now)" in line
+    assert "seed (0 then, 7 now)" in line
     assert "--restart" in line and list(partial.glob("checkpoint_*"))
     if number == signal.SIGINT:  # a damaged checkpoint is a pickle that is not loaded
         state = next(partial.glob("checkpoint_*/rm/*.pt"))
@@ -141,7 +165,8 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, num
         data[len(data) // 2] ^= 1
         state.write_bytes(data)
         damaged = run(*command, check=False)
-        assert damaged.returncode == 2 and "is damaged" in damaged.stdout and state.name in damaged.stdout
+        assert damaged.returncode == 2 and state.name in damaged.stdout
+        assert "is damaged" in damaged.stdout
         assert "goes on after step" not in run(*command, "--restart").stdout
     else:
         assert "goes on after step" in run(*command).stdout
@@ -149,19 +174,23 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, num
 
 
 def test_the_driver_passes_a_signal_on(copy, tmp_path):
-    """SIGTERM to run_all.sh while a model trains: the stage stops, exit code 75, the command to go on is printed."""
+    """SIGTERM to run_all.sh while a model trains: the stage stops, exit code 75, the command to go
+    on is printed."""
     shutil.rmtree(copy / "02_rm_ensemble/rm_01")
     command = ["bash", "run_all.sh", "--out", copy, "--rounds", 1]
     process = start(tmp_path / "log", *command)
-    assert wait_for(lambda: list(copy.glob("02_rm_ensemble/rm_0?.partial/checkpoint_*")), process), \
+    pattern = "02_rm_ensemble/rm_0?.partial/checkpoint_*"
+    assert wait_for(lambda: list(copy.glob(pattern)), process), \
         (tmp_path / "log").read_text()[-2000:]
     process.send_signal(signal.SIGTERM)
     code, text = process.wait(), (tmp_path / "log").read_text()
-    assert code == 75 and f"go on with: bash run_all.sh --out {copy} --rounds 1" in text, text[-2000:]
+    assert code == 75 and f"go on with: bash run_all.sh --out {copy} --rounds 1" in text, text[
+        -2000:]
     assert not (copy / "02_rm_ensemble/rm_09").exists()  # it did not run to its end
 
 
-# ---------------------------------------------------------------- one at a time, and what stops a run
+# ---------------------------------------------------------------- one at a time, and what stops a
+# run
 
 def test_a_second_process_is_refused_while_one_works(copy):
     import fcntl
@@ -195,7 +224,8 @@ def python(code, *argv):
 
 
 def test_a_non_finite_loss_stops_with_the_ids(run_copy):
-    """The reward turns NaN at step 4: the checkpoint of step 3 stays, the batch is written down, one line is printed."""
+    """The reward turns NaN at step 4: the checkpoint of step 3 stays, the batch is written down,
+    one line is printed."""
     done = python("""
 import torch
 denoise, calls = importlib.import_module("04_rm_denoise"), []
@@ -208,10 +238,14 @@ print("CODE", go("04_rm_denoise", "--methods", "margin", "--limit", "10", "--sav
 """, run_copy)
     partial = run_copy / "04_rm_denoise/margin.partial"
     lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
-    assert "CODE 2" in done.stdout and len(lines) == 1 and "Traceback" not in done.stdout, done.stdout[-3000:]
-    assert "04_rm_denoise/margin step 4" in lines[0] and "loss nan" in lines[0] and "bad_batch.jsonl" in lines[0]
+    assert "CODE 2" in done.stdout and len(
+        lines) == 1 and "Traceback" not in done.stdout, done.stdout[-3000:]
+    assert "04_rm_denoise/margin step 4" in lines[0] and "loss nan" in lines[
+        0] and "bad_batch.jsonl" in lines[0]
     bad = json.loads((partial / "bad_batch.jsonl").read_text())
-    ids = {json.loads(x)["id"] for x in (run_copy / "03_strength/train.jsonl").read_text().splitlines()}
+    ids = {
+        json.loads(x)["id"]
+        for x in (run_copy / "03_strength/train.jsonl").read_text().splitlines()}
     assert bad["step"] == 4 and len(bad["ids"]) == 32 and set(bad["ids"]) <= ids
     assert (partial / "checkpoint_3/checkpoint.json").exists()
 
@@ -228,7 +262,8 @@ base.write_text = full
 print("CODE", go("03_strength", "--M", "2"))
 """, copy)
     lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
-    assert "CODE 2" in done.stdout and len(lines) == 1 and "No space left on device" in lines[0], done.stdout[-2000:]
+    assert "CODE 2" in done.stdout and len(
+        lines) == 1 and "No space left on device" in lines[0], done.stdout[-2000:]
     assert "Traceback" not in done.stdout and not (copy / "03_strength.partial").exists()
     assert verify.verify(copy)
 
@@ -240,14 +275,16 @@ def test_verify_holds_and_prints_the_head(audited):
     lines = done.stdout.splitlines()
     names = manifest.finished(audited[0])
     assert len([x for x in lines if x.startswith("ok ")]) == len(names) >= 16
-    assert lines[0].split()[1] == "08_evaluate" and lines[len(names) - 1].split()[1] == "00_data"  # back to the data
+    # back to the data
+    assert lines[0].split()[1] == "08_evaluate" and lines[len(names) - 1].split()[1] == "00_data"
     assert lines[-2] == f"all {len(names)} stages hold" and lines[-1] == f"head {head(audited[0])}"
 
 
 def kinds(out):
     """One file of each kind: by name, or by suffix where the name is a number."""
     found = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES - {"run.json"}):
+    for path in sorted(p for p in out.rglob("*")
+                       if p.is_file() and p.name not in verify.ROOT_FILES - {"run.json"}):
         found.setdefault(path.name if path.suffix != ".png" else path.suffix, path)
     return list(found.values())
 
@@ -262,7 +299,8 @@ def bad_lines(out, capsys):
 
 
 def test_every_kind_of_tampering_is_named(copy, capsys):
-    """One byte flipped, a file deleted, one added, two swapped: verify names exactly that file, and holds again after."""
+    """One byte flipped, a file deleted, one added, two swapped: verify names exactly that file, and
+    holds again after."""
     paths = kinds(copy)
     assert len(paths) >= 15
     tampered = 0
@@ -286,14 +324,15 @@ def test_every_kind_of_tampering_is_named(copy, capsys):
 
 @pytest.mark.parametrize("a, b", [
     ("02_rm_ensemble/rm_00/model.safetensors", "02_rm_ensemble/rm_01/model.safetensors"),
-    ("00_data/train.jsonl", "00_data/valid.jsonl"), ("06_ppo/round_0/metrics.jsonl", "06_ppo/round_1/metrics.jsonl"),
-    ("04_rm_denoise/flip/manifest.json", "04_rm_denoise/margin/manifest.json"),
-])
+    ("00_data/train.jsonl", "00_data/valid.jsonl"),
+    ("06_ppo/round_0/metrics.jsonl", "06_ppo/round_1/metrics.jsonl"),
+    ("04_rm_denoise/flip/manifest.json", "04_rm_denoise/margin/manifest.json"),])
 def test_swapped_files_are_named(copy, capsys, a, b):
     x, y = (copy / a).read_bytes(), (copy / b).read_bytes()
     (copy / a).write_bytes(y), (copy / b).write_bytes(x)
     text = bad_lines(copy, capsys)
-    assert a in text and b in text and len(re.findall(r"[\w/]+\.(?:json|jsonl|safetensors)\b", text)) in (2, 4)
+    assert a in text and b in text and len(re.findall(r"[\w/]+\.(?:json|jsonl|safetensors)\b",
+                                                      text)) in (2, 4)
 
 
 def test_a_missing_stage_other_code_and_paths_outside_are_named(copy, capsys):
@@ -301,8 +340,10 @@ def test_a_missing_stage_other_code_and_paths_outside_are_named(copy, capsys):
     assert "missing: 03_strength" in bad_lines(copy, capsys)
     shutil.move(copy.parent / "elsewhere", copy / "03_strength")
     path = copy / "01_sft/manifest.json"
-    for change, words in (({"code": {"01_sft.py": "0" * 64}}, "made by other code: 01_sft.py of commit"),
-                          ({"outputs": {"../../etc/passwd": "0" * 64}}, "changed: 01_sft/manifest.json")):
+    for change, words in (({"code": {"01_sft.py": "0" * 64}},
+                           "made by other code: 01_sft.py of commit"),
+                          ({"outputs": {"../../etc/passwd": "0" * 64}},
+                           "changed: 01_sft/manifest.json")):
         text, found = path.read_text(), json.loads(path.read_text())
         found |= change
         path.write_text(manifest.canonical({**found, "digest": manifest.digest_of(found)}))
@@ -329,7 +370,8 @@ def test_only_verify_reads_every_byte(copy, capsys):
 
 def test_replay_of_every_stage(copy, tmp_path):
     """In one process instead of one each; a recorded hash that is not reproduced is named."""
-    stages = sorted({n.split("/")[0] if n[:2] in ("02", "04", "05") else n for n in manifest.finished(copy)})
+    stages = sorted({
+        n.split("/")[0] if n[:2] in ("02", "04", "05") else n for n in manifest.finished(copy)})
     done = python(f"""
 import subprocess
 def in_process(command):
@@ -360,12 +402,15 @@ def test_replay_by_the_command(copy):
 
 
 def test_equal_runs_have_equal_heads_and_another_seed_has_not(audited, tmp_path):
-    """The kill test has the second run in another directory; here the first stages with another seed differ."""
-    code = "import sys; sys.argv = ['x', sys.argv[1], *sys.argv[2:]]\n" + (ROOT / "tests/pipeline_worker.py").read_text(
-        ).replace("for final, script, more in STAGES", "for final, script, more in STAGES[:3]")
+    """The kill test has the second run in another directory; here the first stages with another
+    seed differ."""
+    code = "import sys; sys.argv = ['x', sys.argv[1], *sys.argv[2:]]\n" + (
+        ROOT / "tests/pipeline_worker.py").read_text().replace(
+            "for final, script, more in STAGES", "for final, script, more in STAGES[:3]")
     (tmp_path / "worker.py").write_text(code.replace("Path(__file__).parents[1]", f"{str(ROOT)!r}"))
     a, b = tmp_path / "a", tmp_path / "b"
-    run(sys.executable, tmp_path / "worker.py", a), run(sys.executable, tmp_path / "worker.py", b, "--seed", 1)
+    run(sys.executable, tmp_path / "worker.py", a), run(sys.executable, tmp_path / "worker.py", b,
+                                                        "--seed", 1)
     full, other = manifests_of(a), manifests_of(b)
     whole = manifests_of(audited[0])
     assert manifest.head(full) == manifest.head({n: whole[n] for n in full}) != manifest.head(other)
@@ -453,28 +498,40 @@ def test_the_users_own_files_and_model_are_inputs(small_run, tmp_path, capsys):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("stage, flags, words", [
-    ("00_data", ["--n_pairs", "1"], ["1 pairs"]), ("00_data", ["--n_pairs", "many"], ["--n_pairs", "--help"]),
-    ("00_data", ["--limit", "0"], ["--limit"]), ("00_data", ["--preferences", "missing.jsonl"], ["missing.jsonl is no file"]),
-    ("01_sft", ["--lr", "nan"], ["--lr must be a finite number"]), ("01_sft", ["--batchsize", "3"], ["--batchsize", "--help"]),
-    ("02_rm_ensemble", ["--zero", "4"], ["--zero", "invalid choice"]), ("07_metarm", ["--round", "3"], ["06_ppo.py --round 2"]),
-    ("06_ppo", ["--round", "3"], ["06_ppo.py --round 2"]), ("06_ppo", ["--rm", "nothing"], ["no finished reward model nothing"]),
-    ("04_rm_denoise", ["--methods", "magic"], ["invalid choice: 'magic'"]),
-])
+    ("00_data", ["--n_pairs", "1"], ["1 pairs"]),
+    ("00_data", ["--n_pairs", "many"], ["--n_pairs", "--help"]),
+    ("00_data", ["--limit", "0"], ["--limit"]),
+    ("00_data", ["--preferences", "missing.jsonl"], ["missing.jsonl is no file"]),
+    ("01_sft", ["--lr", "nan"], ["--lr must be a finite number"]),
+    ("01_sft", ["--batchsize", "3"], ["--batchsize", "--help"]),
+    ("02_rm_ensemble", ["--zero", "4"], ["--zero", "invalid choice"]),
+    ("07_metarm", ["--round", "3"], ["06_ppo.py --round 2"]),
+    ("06_ppo", ["--round", "3"], ["06_ppo.py --round 2"]),
+    ("06_ppo", ["--rm", "nothing"], ["no finished reward model nothing"]),
+    ("04_rm_denoise", ["--methods", "magic"], ["invalid choice: 'magic'"]),])
 def test_bad_flags_of_a_stage_are_one_line(copy, stage, flags, words, capsys):
     from importlib import import_module
-    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in copy.rglob("*")
+        if p.is_file() and p.name not in verify.ROOT_FILES}
     with pytest.raises(SystemExit) as stop:
         record.launch(lambda: import_module(stage).main(["--out", str(copy), *flags]))
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), captured.err
     assert all(word in lines[0] for word in words), lines[0]
-    assert before == {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES}
+    assert before == {
+        p: p.stat().st_mtime_ns
+        for p in copy.rglob("*")
+        if p.is_file() and p.name not in verify.ROOT_FILES}
 
 
 def test_bad_models_and_stages_are_one_line(copy, tmp_path):
-    """Models that cannot work and previous stages that are not what they say, each refused; the run stays as it was."""
-    done = python("""
+    """Models that cannot work and previous stages that are not what they say, each refused; the run
+    stays as it was."""
+    done = python(
+        """
 import contextlib, io, shutil
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import torch
@@ -486,7 +543,8 @@ def case(name, stage, *flags, model=None, run=None):
     if model is not None:
         run = json.loads(Path(out, "run.json").read_text()) | {"model": str(model)} | (run or {})
         Path(out, "run.json").write_text(json.dumps(run))
-    stamps = lambda: {p: p.stat().st_mtime_ns for p in Path(out).rglob("*") if p.is_file() and p.name not in verify.ROOT_FILES}
+    stamps = lambda: {p: p.stat().st_mtime_ns for p in Path(out).rglob("*")
+                      if p.is_file() and p.name not in verify.ROOT_FILES}
     old = stamps()
     error = io.StringIO()
     with contextlib.redirect_stderr(error): code = go(stage, *flags)
@@ -498,8 +556,10 @@ def case(name, stage, *flags, model=None, run=None):
 def policy(name, change=None, vocabulary=None, context=4096):
     tokenizer = AutoTokenizer.from_pretrained(before / "01_sft")
     if change: change(tokenizer)
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary or len(tokenizer), hidden_size=16, intermediate_size=32,
-        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=context)).save_pretrained(tmp / name)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocabulary or len(tokenizer), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=context
+        )).save_pretrained(tmp / name)
     tokenizer.save_pretrained(tmp / name)
     return tmp / name
 
@@ -510,13 +570,15 @@ case("context", "01_sft", model=policy("m3", context=64))
 case("no such model", "01_sft", model=tmp / "nowhere")
 case("hub without network", "01_sft", model="owner/name")
 pickled = policy("m4")
-torch.save(AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
+state = AutoModelForCausalLM.from_pretrained(pickled).state_dict()
+torch.save(state, pickled / "pytorch_model.bin")
 (pickled / "model.safetensors").unlink()
 case("pickled", "01_sft", model=pickled)
 name = "policy as reward model"
 shutil.copytree(before, tmp / name)
 for file in (tmp / name / "01_sft").iterdir():
-    if file.name != "manifest.json": shutil.copy(file, tmp / name / "04_rm_denoise/baseline" / file.name)
+    if file.name != "manifest.json":
+        shutil.copy(file, tmp / name / "04_rm_denoise/baseline" / file.name)
 case(name, "06_ppo", "--round", "0")
 name = "a copy"
 shutil.copytree(before, tmp / name)
@@ -545,35 +607,48 @@ shutil.copytree(before, tmp / name)
 case(name, "02_rm_ensemble")
 """, copy, tmp_path)
     cases = [json.loads(x[5:]) for x in done.stdout.splitlines() if x.startswith("CASE ")]
-    words = {"reward model as policy": ["is a LlamaForSequenceClassification"], "no eos": ["no EOS token"],
-             "vocabulary": ["vocabulary"], "context": ["64", "--max_prompt_tokens"], "no such model": ["nowhere"],
-             "hub without network": ["owner/name"], "pickled": ["m4"],
-             "policy as reward model": ["LlamaForCausalLM", "04_rm_denoise/baseline"], "a copy": ["is a copy of 04_rm_denoise/margin"],
-             "of another run": ["03_strength was made from another 02_rm_ensemble/rm_01/model.safetensors", "python 03_strength.py"],
-             "malformed row": ["train.jsonl:"], "damaged manifest": ["01_sft/manifest.json is damaged"],
-             "damaged run.json": ["run.json is damaged"], "input deleted": ["01_sft/model.safetensors"]}
+    words = {
+        "reward model as policy": ["is a LlamaForSequenceClassification"
+                                   ], "no eos": ["no EOS token"], "vocabulary": ["vocabulary"],
+        "context": ["64", "--max_prompt_tokens"], "no such model": ["nowhere"],
+        "hub without network": ["owner/name"], "pickled": ["m4"],
+        "policy as reward model": ["LlamaForCausalLM", "04_rm_denoise/baseline"],
+        "a copy": ["is a copy of 04_rm_denoise/margin"], "of another run": [
+            "03_strength was made from another 02_rm_ensemble/rm_01/model.safetensors",
+            "python 03_strength.py"], "malformed row": ["train.jsonl:"],
+        "damaged manifest": ["01_sft/manifest.json is damaged"],
+        "damaged run.json": ["run.json is damaged"], "input deleted": ["01_sft/model.safetensors"]}
     assert [c[0] for c in cases] == list(words), done.stdout[-3000:]
     for name, code, same, lines in cases:
-        assert code == 2 and same and len(lines) == 1 and lines[0].startswith("error: "), (name, code, same, lines)
+        assert code == 2 and same and len(lines) == 1 and lines[0].startswith("error: "), (name,
+                                                                                           code,
+                                                                                           same,
+                                                                                           lines)
         assert all(word in lines[0] for word in words[name]), (name, lines)
 
 
 def test_debug_shows_the_traceback(tmp_path):
     (tmp_path / "out").write_text("a file where the run directory should be")
-    done = run(sys.executable, "00_data.py", "--out", tmp_path / "out", "--n_pairs", 20, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stdout and "out" in done.stdout.splitlines()[-1]
-    done = run(sys.executable, "00_data.py", "--out", tmp_path / "out", "--n_pairs", 20, "--debug", check=False)
+    done = run(sys.executable, "00_data.py", "--out", tmp_path / "out", "--n_pairs", 20,
+               check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert "out" in done.stdout.splitlines()[-1]
+    )[-1]
+    done = run(sys.executable, "00_data.py", "--out", tmp_path / "out", "--n_pairs", 20, "--debug",
+               check=False)
     assert "Traceback" in done.stdout
 
 
 def test_an_error_on_two_processes_is_one_line_and_none_hangs(run_copy):
     """All ranks find the error; one speaks. An exception on rank 1 alone is told by rank 1."""
     begin = time.time()
-    done = run("deepspeed", "--num_gpus", 2, "--master_port", 29735, "06_ppo.py", "--out", run_copy, "--rm", "none",
-               check=False)
-    assert done.returncode == 2 and sum("error: no finished" in x for x in done.stdout.splitlines()) == 1
-    done = run("deepspeed", "--num_gpus", 2, "--master_port", 29735, "04_rm_denoise.py", "--out", run_copy, "--methods",
-               "margin", "--batch_size", 15, check=False)
+    done = run("deepspeed", "--num_gpus", 2, "--master_port", 29735, "06_ppo.py", "--out", run_copy,
+               "--rm", "none", check=False)
+    assert done.returncode == 2 and sum("error: no finished" in x
+                                        for x in done.stdout.splitlines()) == 1
+    done = run("deepspeed", "--num_gpus", 2, "--master_port", 29735, "04_rm_denoise.py", "--out",
+               run_copy, "--methods", "margin", "--batch_size", 15, check=False)
     lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
-    assert done.returncode == 2 and len(lines) == 1 and "does not split evenly over 2 processes" in lines[0]
+    assert done.returncode == 2 and len(
+        lines) == 1 and "does not split evenly over 2 processes" in lines[0]
     assert "Traceback" not in done.stdout and time.time() - begin < 90

@@ -32,7 +32,9 @@ def write(path, rows):
 
 
 def rows_of(out, name):
-    return [json.loads(line) for line in (out / "00_data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (out / "00_data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
 def metrics(out):
@@ -46,7 +48,10 @@ def run(out, *flags):
 
 
 def contents(out):
-    return {p.name: p.read_bytes() for p in (out / "00_data").glob("*.jsonl") if p.name != "metrics.jsonl"}
+    return {
+        p.name: p.read_bytes()
+        for p in (out / "00_data").glob("*.jsonl")
+        if p.name != "metrics.jsonl"}
 
 
 def read(row, kind="pairs", model="tiny"):
@@ -66,9 +71,11 @@ def spoken(*turns):
 # ---------------------------------------------------------------- formats
 
 def test_hh_transcript_splits_at_the_last_mark_and_keeps_paragraphs():
-    history = "\n\nHuman: One.\n\nTwo, Human: three.\n\nAssistant: Four.\n\nFive.\n\nHuman: Six?\n\nAssistant:"
+    history = ("\n\nHuman: One.\n\nTwo, Human: three.\n\nAssistant: Four.\n\nFive.\n\n"
+               "Human: Six?\n\nAssistant:")
     row = read({"chosen": history + " a\n\n1. b\n\n2. c", "rejected": history + "\n no  \n"})
-    assert row == {"prompt": history, "chosen": " a\n\n1. b\n\n2. c", "rejected": " no", "task": "general"}
+    assert row == {
+        "prompt": history, "chosen": " a\n\n1. b\n\n2. c", "rejected": " no", "task": "general"}
 
 
 @pytest.mark.parametrize("prompt", ["Hi", " Hi\n", HI, HI + " "])
@@ -80,11 +87,13 @@ def test_prompt_columns(prompt):
 
 
 def test_messages_in_hh_roles():
-    history = spoken(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello.\n\nWhat now?"), ("user", "Joke!"))
+    history = spoken(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello.\n\nWhat now?"),
+                     ("user", "Joke!"))
     text = "Be kind.\n\nHuman: Hi\n\nAssistant: Hello.\n\nWhat now?\n\nHuman: Joke!\n\nAssistant:"
     yes, no = spoken(("assistant", "yes")), spoken(("assistant", "no"))
     whole = {"chosen": history + yes, "rejected": history + no}
-    for row in (whole, {"prompt": history, **whole}, {"prompt": history, "chosen": yes, "rejected": no},
+    for row in (whole, {"prompt": history,
+                        **whole}, {"prompt": history, "chosen": yes, "rejected": no},
                 {"prompt": history, "chosen": "yes", "rejected": "no"}):
         assert read(row) == {"prompt": text, "chosen": " yes", "rejected": " no", "task": "general"}
     assert read({"prompt": "Hi", "chosen": yes, "rejected": no})["prompt"] == HI
@@ -100,37 +109,49 @@ def chat_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.chat_template = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-                          "{% if add_generation_prompt %}<assistant>{% endif %}")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A",
+                                                             special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>")
+    fast.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
     fast.save_pretrained(path)
     return str(path)
 
 
 def test_messages_through_the_chat_template(chat_model):
     history = spoken(("system", "Be kind."), ("user", "Hi"))
-    row = read({"prompt": history, "chosen": spoken(("assistant", "yes")), "rejected": spoken(("assistant", " no"))},
-               model=chat_model)
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("<system>Be kind.<user>Hi<assistant>", "yes", "no")
-    assert read(pair(1), model=chat_model)["prompt"].startswith("\n\nHuman:")  # plain strings stay in HH form
+    row = read(
+        {
+            "prompt": history, "chosen": spoken(("assistant", "yes")), "rejected": spoken(
+                ("assistant", " no"))}, model=chat_model)
+    assert (row["prompt"], row["chosen"],
+            row["rejected"]) == ("<system>Be kind.<user>Hi<assistant>", "yes", "no")
+    # plain strings stay in HH form
+    assert read(pair(1), model=chat_model)["prompt"].startswith("\n\nHuman:")
 
 
 @pytest.mark.parametrize("spelling", ["chosen score list", "chosen_score_list"])
 def test_released_strength_set(spelling):
     history = ["Hi", "Hello.\n\nWhat?", "Joke!"]
-    row = read({"chosen": history + ["yes"], "rejected": history + ["no"],
-                spelling: [1.0, 2.0], spelling.replace("chosen", "rejected"): [0.5, 0.5],
-                "mean preference difference": 1.0, "std preference difference": 0.5, "GPT4 label": 1})
-    assert row == {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nWhat?\n\nHuman: Joke!\n\nAssistant:",
-                   "chosen": " yes", "rejected": " no", "chosen_score_list": [1.0, 2.0],
-                   "rejected_score_list": [0.5, 0.5], "mean preference difference": 1.0,
-                   "std preference difference": 0.5, "margin": 1.0, "judge_label": 1, "task": "general"}
+    row = read({
+        "chosen": history + ["yes"], "rejected": history + ["no"], spelling: [1.0, 2.0],
+        spelling.replace("chosen", "rejected"): [0.5, 0.5], "mean preference difference": 1.0,
+        "std preference difference": 0.5, "GPT4 label": 1})
+    assert row == {
+        "prompt": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nWhat?\n\nHuman: Joke!\n\nAssistant:",
+        "chosen": " yes", "rejected": " no", "chosen_score_list": [1.0, 2.0],
+        "rejected_score_list": [0.5, 0.5], "mean preference difference": 1.0,
+        "std preference difference": 0.5, "margin": 1.0, "judge_label": 1, "task": "general"}
 
 
 def test_known_columns_are_carried():
-    row = read(pair(1, judge_label=0, gold_chosen=1.5, gold_rejected=2, margin=-0.1, task="Some Task/x", other=[1]))
-    assert (row["judge_label"], row["gold_chosen"], row["gold_rejected"], row["margin"]) == (0, 1.5, 2, -0.1)
+    row = read(
+        pair(1, judge_label=0, gold_chosen=1.5, gold_rejected=2, margin=-0.1, task="Some Task/x",
+             other=[1]))
+    assert (row["judge_label"], row["gold_chosen"], row["gold_rejected"],
+            row["margin"]) == (0, 1.5, 2, -0.1)
     assert row["task"] == "some_task_x" and "other" not in row
 
 
@@ -138,10 +159,12 @@ def test_sft_and_prompt_rows():
     want = {"prompt": HI, "response": " yes"}
     sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]
     talk = spoken(("user", "Hi"), ("assistant", "yes"))
-    for row in ({"prompt": "Hi", "response": "yes"}, {"messages": talk}, {"conversations": sharegpt}):
+    for row in ({"prompt": "Hi",
+                 "response": "yes"}, {"messages": talk}, {"conversations": sharegpt}):
         assert read(row, "sft") == want
-    for row in ("Hi", HI, {"prompt": "Hi"}, {"prompt": talk[:1]}, {"messages": talk}, {"messages": talk[:1]},
-                {"conversations": sharegpt}, {"chosen": HI + " yes", "rejected": "?"}):
+    for row in ("Hi", HI, {"prompt": "Hi"}, {"prompt": talk[:1]}, {"messages": talk},
+                {"messages": talk[:1]}, {"conversations": sharegpt
+                                         }, {"chosen": HI + " yes", "rejected": "?"}):
         assert read(row, "prompts") == {"prompt": HI, "task": "general"}
 
 
@@ -149,28 +172,40 @@ def test_sft_and_prompt_rows():
 
 def test_drop_reasons():
     assert dropped({"chosen": "Hi", "rejected": HI + " no"}) == "no assistant turn"
-    assert dropped({"chosen": HI + " yes\n\nHuman: Bye", "rejected": HI + " no"}) == "no assistant turn"
+    assert dropped({"chosen": HI + " yes\n\nHuman: Bye",
+                    "rejected": HI + " no"}) == "no assistant turn"
     assert dropped({"chosen": [], "rejected": []}) == "no assistant turn"
-    assert dropped({"chosen": spoken(("user", "Hi")), "rejected": spoken(("user", "Hi"))}) == "no assistant turn"
+    assert dropped({"chosen": spoken(("user", "Hi")), "rejected": spoken(
+        ("user", "Hi"))}) == "no assistant turn"
     assert dropped({"messages": spoken(("user", "Hi"))}, "sft") == "no assistant turn"
-    assert dropped({"chosen": HI + " yes", "rejected": "\n\nHuman: Ho\n\nAssistant: no"}) == "prompts differ"
+    assert dropped({"chosen": HI + " yes",
+                    "rejected": "\n\nHuman: Ho\n\nAssistant: no"}) == "prompts differ"
     assert dropped({"chosen": HI + " \n", "rejected": HI + " no"}) == "empty response"
     assert dropped({"prompt": " ", "chosen": "yes", "rejected": "no"}) == "empty prompt"
-    assert dropped({"chosen": "\n\nHuman:\n\nAssistant: a", "rejected": "\n\nHuman:\n\nAssistant: b"}) == "empty prompt"
+    assert dropped({
+        "chosen": "\n\nHuman:\n\nAssistant: a",
+        "rejected": "\n\nHuman:\n\nAssistant: b"}) == "empty prompt"
     assert dropped({"chosen": ["yes"], "rejected": ["no"]}) == "empty prompt"
     assert dropped({"chosen": HI + " yes", "rejected": HI + "  yes "}) == "identical responses"
 
 
 BAD = [
-    "{not json", "[1, 2]", "null", "7", "[" * 100_000, '"text"', {"chosen": "x"}, {"rejected": HI + " a"},
-    {"chosen": 1, "rejected": HI + " b"}, {"chosen": [1, 2], "rejected": [1, 3]},
-    {"prompt": 5, "chosen": "a", "rejected": "b"}, {"chosen": HI + " \ud800", "rejected": HI + " b"},
+    "{not json", "[1, 2]", "null", "7", "[" * 100_000, '"text"', {"chosen": "x"},
+    {"rejected": HI + " a"}, {"chosen": 1,
+                              "rejected": HI + " b"}, {"chosen": [1, 2], "rejected": [1, 3]},
+    {"prompt": 5, "chosen": "a",
+     "rejected": "b"}, {"chosen": HI + " \ud800", "rejected": HI + " b"},
     {"chosen": [{"role": "tool", "content": "x"}], "rejected": [{"role": "user", "content": "x"}]},
-    {"chosen": [{"role": "user"}], "rejected": [{"role": "user", "content": "x"}]}, pair(1, margin=float("nan")),
-    pair(1, chosen_score_list=[1.0]), pair(1, chosen_score_list=[True], rejected_score_list=[1]),
-    pair(1, chosen_score_list=[float("inf")], rejected_score_list=[1]), pair(1, judge_label=2), pair(1, task=3),
-    pair(1, gold_chosen="1.0"), pair(1, gold_chosen=10**400), pair(1, **{"GPT4 label": "yes"}),
-]
+    {"chosen": [{"role": "user"}], "rejected": [{"role": "user", "content": "x"}]},
+    pair(1, margin=float("nan")),
+    pair(1, chosen_score_list=[1.0]),
+    pair(1, chosen_score_list=[True], rejected_score_list=[1]),
+    pair(1, chosen_score_list=[float("inf")], rejected_score_list=[1]),
+    pair(1, judge_label=2),
+    pair(1, task=3),
+    pair(1, gold_chosen="1.0"),
+    pair(1, gold_chosen=10**400),
+    pair(1, **{"GPT4 label": "yes"}),]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
@@ -180,17 +215,22 @@ def test_a_bad_row_stops_the_run_with_one_line(bad, tmp_path, capsys):
         run(tmp_path / "out", "--preferences", source)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and f"{source}:3: " in message and "good" not in message
-    assert not (tmp_path / "out" / "00_data").exists() and not (tmp_path / "out" / "run.json").exists()
+    assert not (tmp_path / "out" / "00_data").exists() and not (tmp_path / "out" /
+                                                                "run.json").exists()
     out = run(tmp_path / "out", "--preferences", source, "--skip_bad_rows")
     assert metrics(out)["drops"] == {"unreadable": 1} and metrics(out)["kept"] == 3
 
 
 def test_counts_add_up_and_are_reported(tmp_path, capsys):
-    rows = [pair(i) for i in range(20)] + [pair(3), {"chosen": "x", "rejected": "y"}, "", pair(4, margin="a")]
-    out = run(tmp_path / "out", "--preferences", write(tmp_path / "x.jsonl", rows), "--skip_bad_rows")
+    rows = [pair(i) for i in range(20)] + [
+        pair(3), {"chosen": "x", "rejected": "y"}, "",
+        pair(4, margin="a")]
+    out = run(tmp_path / "out", "--preferences", write(tmp_path / "x.jsonl", rows),
+              "--skip_bad_rows")
     want = {"duplicate pair": 1, "no assistant turn": 1, "unreadable": 1}
     m = metrics(out)
-    assert (m["read"], m["kept"], m["drops"]) == (23, 20, want) and m["read"] == m["kept"] + sum(want.values())
+    assert (m["read"], m["kept"],
+            m["drops"]) == (23, 20, want) and m["read"] == m["kept"] + sum(want.values())
     line = json.loads((out / "00_data" / "metrics.jsonl").read_text().splitlines()[0])
     assert (line["read"], line["kept"], line["drops"]) == (23, 20, want)
     assert "'duplicate pair': 1" in capsys.readouterr().out
@@ -218,8 +258,9 @@ def test_broken_files(name, tmp_path, capsys):
 
 def test_command_line_hub_without_network_and_other_ranks(tmp_path):
     def start(*flags, **env):
-        return subprocess.run([sys.executable, ROOT / "00_data.py", "--out", tmp_path / "out", *flags], cwd=tmp_path,
-                              capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
+        return subprocess.run(
+            [sys.executable, ROOT / "00_data.py", "--out", tmp_path / "out", *flags], cwd=tmp_path,
+            capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
 
     done = start("--preset", "paper", HF_HOME=str(tmp_path / "cache"))
     assert done.returncode == 2 and done.stderr.strip().count("\n") <= 1
@@ -228,7 +269,8 @@ def test_command_line_hub_without_network_and_other_ranks(tmp_path):
     done = start(RANK="1", WORLD_SIZE="2")
     assert done.returncode == 0 and not (tmp_path / "out" / "00_data").exists()
     done = start("--preferences", write(tmp_path / "x.jsonl", [pair(1), "{"]))
-    assert done.returncode == 2 and done.stderr.strip().endswith("goes on)") and "x.jsonl:2: not JSON" in done.stderr
+    assert done.returncode == 2 and done.stderr.strip().endswith(
+        "goes on)") and "x.jsonl:2: not JSON" in done.stderr
     done = start("--preset", "paper", "--dry_run")
     assert json.loads(done.stdout)["max_response_tokens"] == 512
 
@@ -249,7 +291,8 @@ def test_hub_rows_of_all_splits(tmp_path, monkeypatch):
     rows = {r["id"]: r for r in rows_of(out, "train") + rows_of(out, "valid")}
     assert metrics(out)["kept"] == len(rows) == 50
     assert rows["hh-rlhf-helpful-base-train-3"]["task"] == "helpful"
-    assert rows["hh-rlhf-harmless-base-test-1"]["task"] == "harmless" and rows["other-part-test-1"]["task"] == "general"
+    assert rows["hh-rlhf-harmless-base-test-1"]["task"] == "harmless" and rows["other-part-test-1"][
+        "task"] == "general"
 
 
 # ---------------------------------------------------------------- splits, ids, run.json
@@ -257,7 +300,8 @@ def test_hub_rows_of_all_splits(tmp_path, monkeypatch):
 def test_jsonl_gz_and_parquet_are_equal(tmp_path):
     import pyarrow
     import pyarrow.parquet
-    rows = [pair(i, judge_label=i % 2, margin=i / 7) for i in range(30)] + [pair(31)]  # the last has nulls in parquet
+    # the last has nulls in parquet
+    rows = [pair(i, judge_label=i % 2, margin=i / 7) for i in range(30)] + [pair(31)]
     write(tmp_path / "x.jsonl", rows)
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress((tmp_path / "x.jsonl").read_bytes()))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
@@ -267,7 +311,10 @@ def test_jsonl_gz_and_parquet_are_equal(tmp_path):
 
 
 def test_split_by_prompt(tmp_path):
-    rows = [dict(pair(i), chosen=pair(i)["chosen"] + f" {j}") for i in range(60) for j in range(1 + i % 4)]
+    rows = [
+        dict(pair(i), chosen=pair(i)["chosen"] + f" {j}")
+        for i in range(60)
+        for j in range(1 + i % 4)]
     source = write(tmp_path / "x.jsonl", rows)
     out = run(tmp_path / "a", "--preferences", source)
     train, valid = rows_of(out, "train"), rows_of(out, "valid")
@@ -278,11 +325,13 @@ def test_split_by_prompt(tmp_path):
     assert [r["response"] for r in rows_of(out, "sft")] == [r["chosen"] for r in train]
     assert {r["prompt"] for r in rows_of(out, "eval_general")} == {r["prompt"] for r in valid}
     assert contents(run(tmp_path / "b", "--preferences", source)) == contents(out)
-    assert contents(run(tmp_path / "b", "--preferences", source, "--seed", 1)) != contents(out)  # and runs again
+    # and runs again
+    assert contents(run(tmp_path / "b", "--preferences", source, "--seed", 1)) != contents(out)
     saved = json.loads((tmp_path / "b" / "run.json").read_text())
-    assert saved == {"preset": "toy", "model": "tiny", "seed": 1, "limit": None, "preferences": [source], "sft": None,
-                     "prompts": None, "ood_prompts": None, "max_prompt_tokens": 80, "max_response_tokens": 48,
-                     "world": None, "tasks": ["general"]}
+    assert saved == {
+        "preset": "toy", "model": "tiny", "seed": 1, "limit": None, "preferences": [source],
+        "sft": None, "prompts": None, "ood_prompts": None, "max_prompt_tokens": 80,
+        "max_response_tokens": 48, "world": None, "tasks": ["general"]}
 
 
 def test_judged_prompts_are_validated_first_and_two_prompts_suffice(tmp_path):
@@ -299,9 +348,10 @@ def test_judged_prompts_are_validated_first_and_two_prompts_suffice(tmp_path):
 def test_limit_cuts_a_random_subset(tmp_path, capsys):
     source = write(tmp_path / "x.jsonl", [pair(i) for i in range(900)])
     out = run(tmp_path / "out", "--preferences", source, "--limit", 1)
-    assert {name: len(rows) for name, rows in ((n, rows_of(out, n)) for n in metrics(out)["rows"])} == \
-        dict.fromkeys(("train", "sft", "prompts"), 64) | dict.fromkeys(("valid", "eval_general"), 16)
-    assert metrics(out)["cut_by_limit"]["train"] == 810 - 64 and "746 cut by --limit" in capsys.readouterr().out
+    assert {n: len(rows_of(out, n)) for n in metrics(out)["rows"]} == dict.fromkeys(
+        ("train", "sft", "prompts"), 64) | dict.fromkeys(("valid", "eval_general"), 16)
+    assert metrics(out)["cut_by_limit"][
+        "train"] == 810 - 64 and "746 cut by --limit" in capsys.readouterr().out
     ids = [int(r["id"].removeprefix("x-")) for r in rows_of(out, "train")]
     assert max(ids) > 500 and ids == sorted(ids)
 
@@ -312,47 +362,60 @@ def test_several_sources_tasks_and_ids(tmp_path):
     sft = write(tmp_path / "s.jsonl", [{"prompt": f"S{i}", "response": "ok"} for i in range(5)])
     prompts = write(tmp_path / "p.jsonl", ['"P1"', '"P2"', '"P1"', {"prompt": "P3", "task": "odd"}])
     ood = write(tmp_path / "tldr.jsonl", ['"O1"', '"O2"'])
-    out = run(tmp_path / "out", "--preferences", helpful, harmless, "--sft", sft, "--prompts", prompts,
-              "--ood_prompts", ood, "--n_eval", 2, "--valid_fraction", 0.5)
+    out = run(tmp_path / "out", "--preferences", helpful, harmless, "--sft", sft, "--prompts",
+              prompts, "--ood_prompts", ood, "--n_eval", 2, "--valid_fraction", 0.5)
     rows = rows_of(out, "train") + rows_of(out, "valid")
     ids = [r["id"] for r in rows]
     assert len(set(ids)) == 60 and {"same", "same-2", "same-30", "my_harmless-30"} <= set(ids)
     assert {r["task"] for r in rows} == {"helpful", "harmless"}
     assert json.loads((out / "run.json").read_text())["tasks"] == ["helpful", "harmless"]
     assert len(rows_of(out, "eval_helpful")) == len(rows_of(out, "eval_harmless")) == 2
-    assert [r["prompt"] for r in rows_of(out, "ood_summary")] == [f"\n\nHuman: O{i}\n\nAssistant:" for i in (1, 2)]
+    assert [r["prompt"] for r in rows_of(out, "ood_summary")
+            ] == [f"\n\nHuman: O{i}\n\nAssistant:" for i in (1, 2)]
     assert [r["task"] for r in rows_of(out, "prompts")] == ["general", "general", "odd"]
     assert len(rows_of(out, "sft")) == 5
-    assert metrics(out)["other_sources"]["prompts"] == {"read": 4, "kept": 3, "drops": {"duplicate prompt": 1}}
-    assert set(metrics(out)["sources"]) == {helpful, harmless, sft, prompts, ood}
+    assert metrics(out)["other_sources"]["prompts"] == {
+        "read": 4, "kept": 3, "drops": {"duplicate prompt": 1}}
+    inputs = json.loads((out / "00_data/manifest.json").read_text())["inputs"]
+    assert set(inputs) == {helpful, harmless, sft, prompts, ood}
 
 
 def test_evaluation_prompts_are_kept_out_of_training(tmp_path):
     pairs = write(tmp_path / "x.jsonl", [pair(i) for i in range(40)])
     out = run(tmp_path / "out", "--preferences", pairs, "--prompts", pairs)
-    assert metrics(out)["other_sources"]["prompts"] == {"read": 40, "kept": 36, "drops": {"evaluation prompt": 4}}
-    assert not {r["prompt"] for r in rows_of(out, "prompts")} & {r["prompt"] for r in rows_of(out, "eval_general")}
+    assert metrics(out)["other_sources"]["prompts"] == {
+        "read": 40, "kept": 36, "drops": {"evaluation prompt": 4}}
+    assert not {r["prompt"] for r in rows_of(out, "prompts")} & {
+        r["prompt"] for r in rows_of(out, "eval_general")}
 
 
 def test_toy_world(tmp_path):
     small = ("--n_pairs", 80, "--n_sft", 20, "--n_prompts", 20, "--n_eval", 5)
     out = run(tmp_path / "a", *small)
     saved, valid = json.loads((out / "run.json").read_text()), rows_of(out, "valid")
-    assert (saved["world"], saved["tasks"], saved["model"]) == ("toy", ["helpful", "harmless"], "tiny")
+    assert (saved["world"], saved["tasks"], saved["model"]) == ("toy", ["helpful",
+                                                                        "harmless"], "tiny")
     for r in valid:
-        assert r["judge_label"] == (r["gold_chosen"] > r["gold_rejected"]) - (r["gold_chosen"] < r["gold_rejected"]) \
-            or (r["judge_label"], r["gold_chosen"] < r["gold_rejected"]) == (0, True)
+        c, rejected = r["gold_chosen"], r["gold_rejected"]
+        assert r["judge_label"] == (-1 if c == rejected else int(c > rejected))
         assert (r["judge_label"] == -1) == (r["gold_chosen"] == r["gold_rejected"])
     assert all("judge_label" not in r and "gold_chosen" in r for r in rows_of(out, "train"))
-    assert all(len(rows_of(out, f"{kind}_{task}")) == 5 for kind in ("eval", "ood") for task in saved["tasks"])
-    assert contents(run(tmp_path / "b", *small)) == contents(out) != contents(run(tmp_path / "c", *small, "--seed", 1))
+    assert all(
+        len(rows_of(out, f"{kind}_{task}")) == 5
+        for kind in ("eval", "ood")
+        for task in saved["tasks"])
+    assert contents(run(tmp_path / "b", *small)) == contents(out) != contents(
+        run(tmp_path / "c", *small, "--seed", 1))
     out = run(tmp_path / "d", *small[2:], "--preset", "paper", "--preferences", "toy:summary")
     toy_size = data.HPARAMS["n_pairs"][1]  # the paper's column has none
-    assert metrics(out)["read"] == toy_size and json.loads((out / "run.json").read_text())["tasks"] == ["summary"]
-    assert json.loads((out / "00_data" / "manifest.json").read_text())["hyperparameters"]["n_pairs"] == toy_size
+    assert metrics(out)["read"] == toy_size and json.loads(
+        (out / "run.json").read_text())["tasks"] == ["summary"]
+    assert json.loads(
+        (out / "00_data" / "manifest.json").read_text())["hyperparameters"]["n_pairs"] == toy_size
 
 
-# ---------------------------------------------------------------- any row at all, and the real sample
+# ---------------------------------------------------------------- any row at all, and the real
+# sample
 
 def test_a_million_characters_and_control_characters_are_kept():
     """They are cut when they are encoded, in no time that anyone would notice."""
@@ -364,25 +427,29 @@ def test_a_million_characters_and_control_characters_are_kept():
 text = st.text(max_size=5) | st.sampled_from(
     ["", " ", "Hi", "yes", HI, HI + " yes", HI + " no", "\ud800", "\n\nHuman:"])
 anything = st.none() | st.booleans() | st.integers() | st.floats() | text
-message = st.dictionaries(st.sampled_from(["role", "content", "from", "value"]),
-                          st.sampled_from(["user", "assistant", "system", "gpt", "human"]) | anything)
-turn_list = st.lists(text, max_size=4) | st.lists(message, max_size=4) | st.lists(anything, max_size=3)
+message = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value"]),
+    st.sampled_from(["user", "assistant", "system", "gpt", "human"]) | anything)
+turn_list = st.lists(text, max_size=4) | st.lists(message, max_size=4) | st.lists(
+    anything, max_size=3)
 cell = text | turn_list | anything | st.lists(st.floats() | st.integers(), max_size=3)
-columns = st.sampled_from(["prompt", "chosen", "rejected", "messages", "conversations", "response", "id", "task",
-                           "margin", "judge_label", "GPT4 label", "chosen score list", "rejected_score_list",
-                           "mean preference difference", "gold_chosen"])
+columns = st.sampled_from([
+    "prompt", "chosen", "rejected", "messages", "conversations", "response", "id", "task", "margin",
+    "judge_label", "GPT4 label", "chosen score list", "rejected_score_list",
+    "mean preference difference", "gold_chosen"])
 
 
 @settings(max_examples=1000, deadline=None)
-@given(row=st.dictionaries(columns, cell) | st.fixed_dictionaries({"chosen": cell, "rejected": cell}) | cell,
-       kind=st.sampled_from(["pairs", "sft", "prompts"]))
+@given(
+    row=st.dictionaries(columns, cell) | st.fixed_dictionaries({"chosen": cell, "rejected": cell})
+    | cell, kind=st.sampled_from(["pairs", "sft", "prompts"]))
 def test_any_row_is_kept_dropped_or_reported(row, kind):
     before = repr(row)
     try:
         clean = read(row, kind)
     except formats.Drop as reason:
-        assert str(reason) in ("no assistant turn", "prompts differ", "empty prompt", "empty response",
-                               "identical responses")
+        assert str(reason) in ("no assistant turn", "prompts differ", "empty prompt",
+                               "empty response", "identical responses")
     except formats.Bad as problem:
         assert str(problem) and "\n" not in str(problem)
     else:
@@ -391,7 +458,8 @@ def test_any_row_is_kept_dropped_or_reported(row, kind):
         texts = {"pairs": ("chosen", "rejected"), "sft": ("response",), "prompts": ()}[kind]
         assert all(clean[k] == " " + clean[k].strip() != " " for k in texts)
         if kind == "pairs":
-            assert clean["chosen"] != clean["rejected"] and read(clean) == clean  # reading its own output is no change
+            # reading its own output is no change
+            assert clean["chosen"] != clean["rejected"] and read(clean) == clean
     assert repr(row) == before
 
 
@@ -401,16 +469,21 @@ def test_drop_counts_on_real_rows_equal_a_second_count(tmp_path):
     want, seen, kept = {}, set(), 0
     pattern = re.compile(r"(.*)\n\nAssistant:(.*)", re.DOTALL)  # greedy: the last mark
     for line in gzip.open(REAL, "rt", encoding="utf-8"):
-        (p, c), (q, r) = (pattern.fullmatch(json.loads(line)[k]).groups() for k in ("chosen", "rejected"))
-        reason = "prompts differ" if p != q else "empty response" if not (c.split() and r.split()) else \
+        (p, c), (q, r) = (pattern.fullmatch(json.loads(line)[k]).groups()
+                          for k in ("chosen", "rejected"))
+        empty = not (c.split() and r.split())
+        reason = "prompts differ" if p != q else "empty response" if empty else \
             "identical responses" if c.strip() == r.strip() else \
             "duplicate pair" if (p, c.strip(), r.strip()) in seen else None
         seen.add((p, c.strip(), r.strip()))
         kept += reason is None
         want[reason] = want.get(reason, 0) + 1
     del want[None]
-    assert metrics(out)["drops"] == want and metrics(out)["kept"] == kept and metrics(out)["read"] == 1800
+    assert metrics(out)["drops"] == want and metrics(out)["kept"] == kept and metrics(
+        out)["read"] == 1800
     assert json.loads((out / "run.json").read_text())["tasks"] == ["harmless"]
     train, valid = rows_of(out, "train"), rows_of(out, "valid")
-    assert len(train) + len(valid) == kept and not {r["prompt"] for r in train} & {r["prompt"] for r in valid}
-    assert any(r["chosen"].count("\n\n") > 1 for r in train)  # answers of several paragraphs survive
+    assert len(train) + len(valid) == kept and not {r["prompt"]
+                                                    for r in train} & {r["prompt"] for r in valid}
+    # answers of several paragraphs survive
+    assert any(r["chosen"].count("\n\n") > 1 for r in train)

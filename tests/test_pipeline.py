@@ -32,7 +32,8 @@ def metrics(out, stage="00_data"):
 def one_error(done, *words):
     """Exit code 2 and one line that says all the words."""
     lines = done.stdout.splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stdout[-2000:]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(
+        "error: "), done.stdout[-2000:]
     for word in words:
         assert word in lines[0], lines[0]
 
@@ -41,9 +42,12 @@ def one_error(done, *words):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The whole pipeline on the real sample, once; without it, on the embedded world. → (out, flags, output)."""
+    """The whole pipeline on the real sample, once; without it, on the embedded world. → (out,
+    flags, output)."""
     out = tmp_path_factory.mktemp("real") / "out"
-    flags = ["--preferences", REAL if REAL.exists() else "toy", "--limit", 4, "--rounds", 1, "--out", out]
+    flags = [
+        "--preferences", REAL if REAL.exists() else "toy", "--limit", 4, "--rounds", 1, "--out",
+        out]
     return out, flags, driver(*flags).stdout
 
 
@@ -67,8 +71,10 @@ def test_every_stage_is_complete(real):
         rows = json.loads((out / "09_report/tables.json").read_text())["table_3"][1:]
         assert rows and all(f"| {r[0]} | {r[1]} | {r[2]} | {r[3]}% |" in text for r in rows)
     markdown = (out / "08_evaluate/tables.md").read_text()
-    page = (out / "09_report/index.html").read_text()  # of a single run: most figures need experiments
-    assert "Figure 2:" in page and page.count("<img ") >= 4 and f"{out}/09_report/index.html" in text
+    # of a single run: most figures need experiments
+    page = (out / "09_report/index.html").read_text()
+    assert "Figure 2:" in page and page.count(
+        "<img ") >= 4 and f"{out}/09_report/index.html" in text
     assert "Table 2" in markdown and "Table 3" in markdown and markdown.strip() in text
     assert metrics(out, "01_sft")["steps"] == metrics(out, "04_rm_denoise/margin")["steps"] == 4
     assert max(metrics(out)["rows"].values()) <= 64 * 4
@@ -105,7 +111,8 @@ def test_each_stage_is_announced_with_its_command_and_minutes(real):
     logged = [shlex.split(line) for line in (out / "commands.log").read_text().splitlines()]
     assert len(logged) == len(STAGES)
     assert logged[0] == ["python", "00_data.py", *map(str, flags[:4]), "--out", str(out)]
-    assert all(command[0] == "deepspeed" and command[-2:] == ["--out", str(out)] for command in logged[1:-1])
+    assert all(command[0] == "deepspeed" and command[-2:] == ["--out", str(out)]
+               for command in logged[1:-1])
     assert logged[-1] == ["python", "09_report.py", "--out", str(out)]
     for command in logged:
         assert "   " + " ".join(command) in text.splitlines()
@@ -115,8 +122,10 @@ def test_each_stage_is_announced_with_its_command_and_minutes(real):
 def test_a_complete_run_is_skipped_stage_by_stage(real):
     out, flags, _ = real
     def times():
-        return {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix != ".lock"
-                and p.name != ".lock"}
+        return {
+            p: p.stat().st_mtime_ns
+            for p in out.rglob("*")
+            if p.is_file() and p.suffix != ".lock" and p.name != ".lock"}
 
     before = times()
     start = time.time()
@@ -136,7 +145,8 @@ def test_from_runs_a_stage_and_all_after_it(real):
 
 
 def test_logged_commands_and_stages_work_by_hand(real):
-    """A line of commands.log as it stands, and a stage by plain python with no flag but --out: the same bytes."""
+    """A line of commands.log as it stands, and a stage by plain python with no flag but --out: the
+    same bytes."""
     out = real[0]
     model = out / "07_metarm/round_1/model.safetensors"
     digests = [hashlib.sha256(model.read_bytes()).hexdigest()]
@@ -152,10 +162,16 @@ def test_logged_commands_and_stages_work_by_hand(real):
 
 def test_no_row_is_in_the_page(real):
     """Dialogues of data of one's own are shown only with --texts."""
-    page = "".join(p.read_text() for p in (real[0] / "09_report").rglob("*") if p.suffix in (".html", ".json"))
+    page = "".join(p.read_text()
+                   for p in (real[0] / "09_report").rglob("*")
+                   if p.suffix in (".html", ".json"))
     if REAL.exists():
-        prompts = [json.loads(line)["prompt"] for line in (real[0] / "00_data/train.jsonl").read_text().splitlines()]
-        assert prompts and not [p for p in prompts if html.escape(p.strip()) in page or json.dumps(p.strip())[1:-1] in page]
+        prompts = [
+            json.loads(line)["prompt"]
+            for line in (real[0] / "00_data/train.jsonl").read_text().splitlines()]
+        assert prompts and not [
+            p for p in prompts
+            if html.escape(p.strip()) in page or json.dumps(p.strip())[1:-1] in page]
     assert ("not shown" in page) == REAL.exists()
 
 
@@ -166,13 +182,13 @@ def test_other_flags_on_an_existing_run_are_refused(real):
     one_error(driver(*flags[:2], "--limit", 3, "--out", out, check=False), str(out), "other flags")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--lmit", "4"], ["--lmit", "--help"]), (["--limit"], ["--limit"]), (["--gpus", "0"], ["--gpus"]),
-    (["--limit", "many"], ["--limit", "many"]), (["--preset", "huge"], ["--preset"]),
-    (["--seed", "1", "2"], ["2", "--help"]), (["stray"], ["stray"]),
-    (["--from", "99_nothing", "--dry_run"], ["--from", "99_nothing"]),
-    (["--seeds", "2"], ["--seeds goes with experiments"]),
-])
+@pytest.mark.parametrize("flags, words",
+                         [(["--lmit", "4"], ["--lmit", "--help"]), (["--limit"], ["--limit"]),
+                          (["--gpus", "0"], ["--gpus"]), (["--limit", "many"], ["--limit", "many"]),
+                          (["--preset", "huge"], ["--preset"]),
+                          (["--seed", "1", "2"], ["2", "--help"]), (["stray"], ["stray"]),
+                          (["--from", "99_nothing", "--dry_run"], ["--from", "99_nothing"]),
+                          (["--seeds", "2"], ["--seeds goes with experiments"]),])
 def test_bad_flags(flags, words, tmp_path):
     one_error(driver(*flags, "--out", tmp_path / "out", check=False) if flags != ["--limit"] else
               driver("--out", tmp_path / "out", *flags, check=False), *words)
@@ -181,8 +197,9 @@ def test_bad_flags(flags, words, tmp_path):
 
 def test_a_missing_package_is_one_line_with_the_install_command(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "venv"), "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "VIRTUAL_ENV": str(tmp_path / "venv"), "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(["bash", "run_all.sh", "--out", tmp_path / "out"], cwd=ROOT, text=True, env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(["bash", "run_all.sh", "--out", tmp_path / "out"], cwd=ROOT, text=True,
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     one_error(done, "torch", "deepspeed", f"pip install -r {ROOT}/requirements.txt")

@@ -1,4 +1,5 @@
-"""The ledger's statistics against references, and the whole list of experiments with a page, for two seeds."""
+"""The ledger's statistics against references, and the whole list of experiments with a page, for
+two seeds."""
 import html.parser
 import itertools
 import json
@@ -18,30 +19,43 @@ from lab import claims, experiments, figures, page as pages
 
 # ---------------------------------------------------------------- verdicts and intervals
 
-@pytest.mark.parametrize("low, high, criterion, seeds, expected", [
-    (0.1, 0.3, (0, None), 3, "holds"), (-0.3, -0.1, (0, None), 3, "fails"), (-0.1, 0.1, (0, None), 3, "open"),
-    (0.1, 0.3, (None, 0.5), 3, "holds"), (0.6, 0.7, (None, 0.5), 5, "fails"), (0.4, 0.6, (None, 0.5), 3, "open"),
-    (0.21, 0.29, (0.2, 0.3), 3, "holds"), (0.31, 0.35, (0.2, 0.3), 3, "fails"), (0.1, 0.15, (0.2, 0.3), 3, "fails"),
-    (0.15, 0.25, (0.2, 0.3), 3, "open"), (0.1, 0.4, (0.2, 0.3), 3, "open"),
-    (0.0, 0.0, (0, None), 3, "fails"),                    # no difference at all is not "greater"
-    (0.1, 0.3, (0, None), 2, "open"), (0.1, 0.3, (0, None), 1, "open"),      # too few seeds
-    (math.nan, math.nan, (0, None), 3, "open"),
-])
+@pytest.mark.parametrize(
+    "low, high, criterion, seeds, expected",
+    [
+        (0.1, 0.3, (0, None), 3, "holds"),
+        (-0.3, -0.1, (0, None), 3, "fails"),
+        (-0.1, 0.1, (0, None), 3, "open"),
+        (0.1, 0.3, (None, 0.5), 3, "holds"),
+        (0.6, 0.7, (None, 0.5), 5, "fails"),
+        (0.4, 0.6, (None, 0.5), 3, "open"),
+        (0.21, 0.29, (0.2, 0.3), 3, "holds"),
+        (0.31, 0.35, (0.2, 0.3), 3, "fails"),
+        (0.1, 0.15, (0.2, 0.3), 3, "fails"),
+        (0.15, 0.25, (0.2, 0.3), 3, "open"),
+        (0.1, 0.4, (0.2, 0.3), 3, "open"),
+        (0.0, 0.0, (0, None), 3, "fails"),  # no difference at all is not "greater"
+        (0.1, 0.3, (0, None), 2, "open"),
+        (0.1, 0.3, (0, None), 1, "open"),  # too few seeds
+        (math.nan, math.nan, (0, None), 3, "open"),])
 def test_verdict(low, high, criterion, seeds, expected):
     assert claims.verdict(low, high, criterion, seeds) == expected
 
 
 def test_interval_within_a_seed_is_scipy_s():
     x = np.random.default_rng(0).normal(size=200)
-    low, high = claims.interval(lambda d, pick: d[pick(len(d))].mean(), [x], np.random.default_rng(1), 4000)
-    expected = stats.bootstrap((x,), np.mean, method="percentile", n_resamples=4000, rng=2).confidence_interval
+    low, high = claims.interval(lambda d, pick: d[pick(len(d))].mean(), [x],
+                                np.random.default_rng(1), 4000)
+    expected = stats.bootstrap((x,), np.mean, method="percentile", n_resamples=4000,
+                               rng=2).confidence_interval
     assert abs(low - expected.low) < 0.01 and abs(high - expected.high) < 0.01
-    half = 1.96 * x.std() / len(x) ** 0.5                                          # and the normal approximation's
+    # and the normal approximation's
+    half = 1.96 * x.std() / len(x) ** 0.5
     assert abs(low - (x.mean() - half)) < 0.02 and abs(high - (x.mean() + half)) < 0.02
 
 
 def test_interval_over_seeds_is_that_of_all_draws():
-    values = [0.1, 0.4, 1.0, 1.2]                                                  # one number a seed: 4^4 draws
+    # one number a seed: 4^4 draws
+    values = [0.1, 0.4, 1.0, 1.2]
     means = [np.mean(draw) for draw in itertools.product(values, repeat=4)]
     low, high = claims.interval(lambda d, pick: d, values, np.random.default_rng(0), 20000)
     expected = np.percentile(means, [2.5, 97.5])
@@ -49,27 +63,34 @@ def test_interval_over_seeds_is_that_of_all_draws():
 
 
 def test_interval_of_constants_is_a_point():
-    assert claims.interval(lambda d, pick: d[pick(3)].mean(), [np.full(3, 0.7)] * 3, np.random.default_rng(0), 50) == \
-        pytest.approx((0.7, 0.7))
+    found = claims.interval(lambda d, pick: d[pick(3)].mean(), [np.full(3, 0.7)] * 3,
+                            np.random.default_rng(0), 50)
+    assert found == pytest.approx((0.7, 0.7))
 
 
 def test_a_claim_that_holds_fails_and_is_missing():
-    """The ledger on made-up figures: a third of the pairs below 0 in one world, a quarter in another."""
+    """The ledger on made-up figures: a third of the pairs below 0 in one world, a quarter in
+    another."""
     def seeds(share):
         mean = [-1.0] * round(4000 * share) + [1.0] * round(4000 * (1 - share))
         return {f"seed_{s}": {"mean": mean, "std": [1.0] * 4000} for s in range(3)}
     entries = {e["id"]: e for e in claims.ledger({"figure_01": seeds(0.25)})}
-    assert entries["C1"]["verdict"] == "holds" and entries["C1"]["mean"] == 0.25 and set(entries["C1"]["values"].values()) == {0.25}
-    assert entries["C2"]["verdict"] == "fails"                                     # a flat std is no U
+    assert entries["C1"]["verdict"] == "holds" and entries["C1"]["mean"] == 0.25 and set(
+        entries["C1"]["values"].values()) == {0.25}
+    # a flat std is no U
+    assert entries["C2"]["verdict"] == "fails"
     assert entries["C9"]["verdict"] == "not measured" and "figure_07" in entries["C9"]["reason"]
-    assert {e["id"]: e for e in claims.ledger({"figure_01": seeds(0.4)})}["C1"]["verdict"] == "fails"
+    assert {e["id"]: e
+            for e in claims.ledger({"figure_01": seeds(0.4)})}["C1"]["verdict"] == "fails"
 
 
 def test_best_of_n_is_the_mean_over_all_draws():
     rng = np.random.default_rng(0)
     rewards, values = rng.normal(size=7), rng.normal(size=7)
     for n in range(1, 8):
-        draws = [values[max(draw, key=lambda i: rewards[i])] for draw in itertools.combinations(range(7), n)]
+        draws = [
+            values[max(draw, key=lambda i: rewards[i])]
+            for draw in itertools.combinations(range(7), n)]
         assert figures.best_of(rewards, values, n) == pytest.approx(np.mean(draws))
 
 
@@ -103,11 +124,15 @@ def test_the_best_round_is_measured_on_other_prompts():
 
 
 def test_a_seed_that_lacks_a_figure_is_left_out_of_its_claims():
-    """Two seeds have Figure 1, one has nothing of it: the claim's values are the two's, too few for a verdict."""
+    """Two seeds have Figure 1, one has nothing of it: the claim's values are the two's, too few for
+    a verdict."""
     whole = {"mean": [-1.0] * 10 + [1.0] * 30, "std": [1.0] * 40}
-    entries = {e["id"]: e for e in claims.ledger({"figure_01": {"seed_0": whole, "seed_2": whole},
-                                                  "equation_17": {"seed_1": {"whole": [0.5], "fixed": [1.0]}}})}
-    assert entries["C1"]["values"] == {"seed_0": 0.25, "seed_2": 0.25} and entries["C1"]["verdict"] == "open"
+    entries = {
+        e["id"]: e for e in claims.ledger({
+            "figure_01": {"seed_0": whole, "seed_2": whole}, "equation_17": {
+                "seed_1": {"whole": [0.5], "fixed": [1.0]}}})}
+    assert entries["C1"]["values"] == {"seed_0": 0.25, "seed_2": 0.25
+                                       } and entries["C1"]["verdict"] == "open"
     assert entries["C28b"]["values"] == {"seed_1": 1.0}
 
 
@@ -120,7 +145,8 @@ def test_one_round_is_too_few_to_rise_or_fall():
 
 
 def test_names_are_those_of_the_stages():
-    for name, mine in (("04_rm_denoise", figures.METHODS), ("05_rm_contrastive", figures.CONTRASTIVE)):
+    for name, mine in (("04_rm_denoise", figures.METHODS), ("05_rm_contrastive",
+                                                            figures.CONTRASTIVE)):
         assert mine == list(import_module(name).METHODS)
 
 
@@ -153,7 +179,8 @@ def test_the_joint_objective_is_the_mean_of_L_minus_lambda_times_that_of_J():
 # ---------------------------------------------------------------- the list
 
 def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
-    """Each line is parsed by its stage (--dry_run), no two write the same directory, and every figure has one."""
+    """Each line is parsed by its stage (--dry_run), no two write the same directory, and every
+    figure has one."""
     for table in (experiments.pairs_table(5), experiments.summary_table(5)):
         names = [name for names, *_ in table for name in names]
         assert len(set(names)) == len(names)
@@ -171,18 +198,21 @@ def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
 
 def test_the_driver_prints_the_list(tmp_path):
     out = tmp_path / "out"
-    lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--seeds", 2, "--limit", 2, "--out", out).stdout.splitlines()
+    lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--seeds", 2, "--limit", 2,
+                "--out", out).stdout.splitlines()
     rows = experiments.pairs_table(2) + experiments.summary_table(2)
     assert len(lines) == 2 * len(rows) and not out.exists()
     assert lines[0].split("  #")[0].strip() == f"00_data.py --limit 2 --seed 0 --out {out}/seed_0"
 
 
 def test_a_run_and_experiments_do_not_share_a_directory(tmp_path):
-    for place, command in (("run.json", ["lab/experiments.py", "--seeds", 1]), ("seed_0/run.json", None)):
+    for place, command in (("run.json", ["lab/experiments.py", "--seeds",
+                                         1]), ("seed_0/run.json", None)):
         out = tmp_path / place.replace("/", "_")
         (out / place).parent.mkdir(parents=True)
         (out / place).write_text("{}")
-        done = run(*(["python", *command] if command else ["bash", "run_all.sh"]), "--out", out, check=False)
+        done = run(*(["python", *command] if command else ["bash", "run_all.sh"]), "--out", out,
+                   check=False)
         assert done.returncode == 2 and "give" in done.stdout and "another --out" in done.stdout
 
 
@@ -212,8 +242,8 @@ class Page(html.parser.HTMLParser):
 def page(tmp_path_factory):
     """The whole list for two seeds, as small as it goes, and its page. → (out, the output)."""
     out = tmp_path_factory.mktemp("experiments") / "out"
-    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens", 12,
-               "--max_prompt_tokens", 32, "--out", out).stdout
+    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens",
+               12, "--max_prompt_tokens", 32, "--out", out).stdout
     return out, text + run("python", "09_claims.py", "--out", out).stdout
 
 
@@ -225,9 +255,13 @@ def test_the_page_has_every_figure_table_and_claim(page):
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert {re.sub(r"\D", "", claim) for claim, *_ in claims.CLAIMS} == {
         str(n) for n in range(1, 29)}
-    numbers = {int(n) for title, *_ in figures.FIGURES.values() for n in re.findall(r"^Figure (\d+)", title)}
+    numbers = {
+        int(n)
+        for title, *_ in figures.FIGURES.values()
+        for n in re.findall(r"^Figure (\d+)", title)}
     assert numbers == {*range(1, 29)} - {14, 18}  # two drawings
-    assert len(json.loads((out / "09_report/ledger.json").read_text())["claims"]) == len(claims.CLAIMS)
+    assert len(json.loads(
+        (out / "09_report/ledger.json").read_text())["claims"]) == len(claims.CLAIMS)
     assert "stages are complete" in text and "Traceback" not in text
 
 
@@ -249,7 +283,8 @@ def test_the_page_needs_nothing_else_and_its_images_are_whole(page):
 
 
 def test_figures_json_reproduces_the_ledger(page):
-    """Each value of the ledger, from the figures' JSON files alone; and some of them from the stages' own files."""
+    """Each value of the ledger, from the figures' JSON files alone; and some of them from the
+    stages' own files."""
     folder = page[0] / "09_report"
     data = {f.stem: json.loads(f.read_text()) for f in (folder / "figures").glob("*.json")}
     entries = {e["id"]: e for e in json.loads((folder / "ledger.json").read_text())["claims"]}
@@ -265,9 +300,13 @@ def test_figures_json_reproduces_the_ledger(page):
         assert entries[claim]["verdict"] in ("open", "not measured")  # two seeds
     assert measured >= 28
     manifest = json.loads((page[0] / "seed_1/03_strength/manifest.json").read_text())
-    assert entries["C1"]["values"]["seed_1"] == pytest.approx(manifest["metrics"]["share_mean_below_zero"])
-    accuracy = [json.loads((page[0] / f"seed_1/04_rm_denoise/{name}/manifest.json").read_text())["metrics"]["accuracy_judge"]
-                for name in ("margin", "baseline", "tenth_01", "tenth_02")]
+    assert entries["C1"]["values"]["seed_1"] == pytest.approx(
+        manifest["metrics"]["share_mean_below_zero"])
+    accuracy = [
+        json.loads(
+            (page[0] /
+             f"seed_1/04_rm_denoise/{name}/manifest.json").read_text())["metrics"]["accuracy_judge"]
+        for name in ("margin", "baseline", "tenth_01", "tenth_02")]
     assert entries["C9"]["values"]["seed_1"] == pytest.approx(accuracy[0] - accuracy[1])
     assert entries["C4"]["values"]["seed_1"] == pytest.approx(np.mean(accuracy[2:]))
     tables = json.loads((page[0] / "seed_1/08_evaluate/tables.json").read_text())
@@ -277,8 +316,11 @@ def test_figures_json_reproduces_the_ledger(page):
     assert claims.wins(found, "round_2", "sft", np.arange(row["n"])) == pytest.approx(row["win"])
     assert claims.lead(found, "round_2", "sft", np.arange(row["n"])) == pytest.approx(
         row["win"] - row["lose"])
-    held = [json.loads((page[0] / f"seed_1/07_metarm/round_{r}/manifest.json").read_text())["metrics"] for r in (1, 2)]
-    assert entries["C18"]["values"]["seed_1"] == pytest.approx(np.mean([m["J_theta"] - m["J_vanilla"] for m in held]), abs=1e-6)
+    held = [
+        json.loads((page[0] / f"seed_1/07_metarm/round_{r}/manifest.json").read_text())["metrics"]
+        for r in (1, 2)]
+    assert entries["C18"]["values"]["seed_1"] == pytest.approx(
+        np.mean([m["J_theta"] - m["J_vanilla"] for m in held]), abs=1e-6)
 
 
 def test_equation_17_holds_with_grad_J_fixed(page):
@@ -290,25 +332,31 @@ def test_equation_17_holds_with_grad_J_fixed(page):
 def test_finished_experiments_are_not_run_again(page):
     out = page[0]
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/*/manifest.json")}
-    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens", 12,
-               "--max_prompt_tokens", 32, "--out", out).stdout
+    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens",
+               12, "--max_prompt_tokens", 32, "--out", out).stdout
     count = re.search(r"(\d+) of (\d+) stages are complete", text)
     assert count[1] == count[2] and {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
 def test_other_flags_on_finished_experiments_are_refused(page):
-    done = run("python", "lab/experiments.py", "--limit", 3, "--seeds", 2, "--out", page[0], check=False)
-    assert done.returncode == 2 and "seed_0 was made with other flags (" in done.stdout and "--limit 2" in done.stdout
+    done = run("python", "lab/experiments.py", "--limit", 3, "--seeds", 2, "--out", page[0],
+               check=False)
+    assert done.returncode == 2 and "--limit 2" in done.stdout
+    assert "seed_0 was made with other flags (" in done.stdout
 
 
 def test_a_single_run_without_gold_gets_a_page(page, tmp_path):
-    """One run directory, its data without gold, judge and texts to show: what needs them is left out by name."""
+    """One run directory, its data without gold, judge and texts to show: what needs them is left
+    out by name."""
     out = shutil.copytree(page[0] / "seed_0", tmp_path / "out")
     info = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**info, "world": None}))
     for split in ("train", "valid"):
         path = out / f"03_strength/{split}.jsonl"
-        kept = [{k: v for k, v in json.loads(line).items() if k not in ("judge_label", "gold_chosen", "gold_rejected")}
+        kept = [{
+            k: v
+            for k, v in json.loads(line).items()
+            if k not in ("judge_label", "gold_chosen", "gold_rejected")}
                 for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     consistency = out / "03_strength/consistency.json"
@@ -319,11 +367,13 @@ def test_a_single_run_without_gold_gets_a_page(page, tmp_path):
     tables.write_text(json.dumps(kept))
     found = pages.find_runs(out)
     collected, absent = pages.collect(found, show_texts=False)
-    assert "judge" in absent["figure_03"] and "more_1" in absent["more"] and set(pages.TEXTS) <= set(absent)
+    assert "judge" in absent["figure_03"] and "more_1" in absent["more"] and set(
+        pages.TEXTS) <= set(absent)
     entries = claims.ledger(collected)
     (tmp_path / "figures").mkdir()
     parsed = Page(pages.page(found, entries, collected, absent, tmp_path / "figures")[0])
     assert set(figures.FIGURES) <= set(parsed.ids)
     verdicts = {e["id"]: e["verdict"] for e in entries}
     assert set(verdicts.values()) == {"open", "not measured"}
-    assert all(verdicts[c] == "not measured" for c in ("C3", "C4", "C7", "C9", "C10")) and verdicts["C11"] == "open"
+    assert all(verdicts[c] == "not measured"
+               for c in ("C3", "C4", "C7", "C9", "C10")) and verdicts["C11"] == "open"

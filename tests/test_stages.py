@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, deepspeed, run
 from safetensors.torch import load_file
+from scipy.stats import norm
 
 import common
 from lab import verify
@@ -227,7 +228,7 @@ def test_08_tables_follow_from_the_responses(more_stages):
     assert tables["best_round"] == {} and tables["table_3"] == []  # no round of MetaRM
     assert {t["set"] for t in tables["comparisons"]} == {p.stem for p in (out / "00_data").glob("eval_*.jsonl")} | {
         p.stem for p in (out / "00_data").glob("ood_*.jsonl")}
-    z = 1.959964
+    z = norm.ppf(0.975)
     for t in tables["comparisons"]:
         mine = [(r["score"], by[t["opponent"], t["set"], r["id"]]["score"]) for r in rows
                 if (r["policy"], r["set"]) == (t["policy"], t["set"])]
