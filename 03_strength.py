@@ -29,7 +29,6 @@ HPARAMS = {
     "groups": (20, 20, "groups of Figure 2, by ascending strength"),
     "group_size": (500, 50, "validation pairs in a group of Figure 3"),
     "eval_batch_size": (8, 64, "pairs per process and forward pass"),
-    "zero": common.TRAINING["zero"],
     "precision": common.TRAINING["precision"],
 }
 MEAN, STD = "mean preference difference", "std preference difference"

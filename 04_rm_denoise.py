@@ -24,7 +24,6 @@ paper.
 """
 import random
 
-import torch
 import torch.nn.functional as F
 
 import common

@@ -13,7 +13,6 @@ Departures from the paper: (1) scores are standardised by a running mean and std
 clipped, for reward models have no common scale or zero; (2) a response cut without EOS loses
 --missing_eos_penalty; (3) top-p and repetition penalty shape sampling only, not the policy.
 
-    deepspeed 06_ppo.py --round 0
     deepspeed 06_ppo.py --rm soft_margin --kl_beta 0                 # Figure 9: no KL penalty
     deepspeed 06_ppo.py --rm baseline --start round_0 --name more_1  # as long as round 1
 """
@@ -146,7 +145,10 @@ def load_models(args, start, rm, iterations, prompts):
     T = args.run["max_response_tokens"]
     probe = [{**g, "responses": [(g["prompt"] * T)[:T - k] for k in range(args.rollouts)]}
              for g in sorted(prompts, key=common.group_length)[-8:]]
-    layout = common.choose_layout(args, lambda batch: reward_model(batch)[0], probe)
+    def both(batch):  # rewards and mean log-probabilities: both models must take the layout
+        logps = common.token_logps(common.response_logits(reference, batch), batch["response_ids"])
+        return reward_model(batch)[0] + (batch["mask"] * logps).sum(-1) / batch["mask"].sum(-1)
+    layout = common.choose_layout(args, both, probe)
     return (actor, critic, reference, reward_model), layout
 
 
@@ -269,8 +271,7 @@ def main(argv=None, reward_fn=None):
     run.state.setdefault("running", (0, 0.0, 0.0))  # count, mean and deviations of the scores
     answer = partial(judges.sample_answers, run, actor, models[3], layout, tokenizer, prompts[:10],
                      texts, gold)
-    if not run.done:
-        answer(0)
+    run.done or answer(0)
     batches = common.batches(prompts, args.batch_size, iterations, seed)
     for step, batch in run.steps(batches, actor=actor, critic=critic):
         actor.eval(), critic.eval()
@@ -285,14 +286,13 @@ def main(argv=None, reward_fn=None):
                    for g in groups for r in g["responses"]]
         values = rollout_metrics(experience, gold and gold(*zip(*answers)))
         history.append(values)
+        run.note(reward=values["reward"])
         run.log(step, quiet=not run.due(step), **values, reward_std=std)
-        if run.due(step):
-            answer(step)
+        run.due(step) and answer(step)
     common.save_model(actor, run.dir, tokenizer)
-    last = history[-5:]
-    run.finish(**{k: round(sum(h[k] for h in last) / len(last), 4) for k in last[0]},
-               **{f"first_{k}": round(history[0][k], 4) for k in ("reward", "kl", "gold")
-                  if k in history[0]})
+    h, last = history[0], history[-5:]
+    run.finish(**{k: round(sum(x[k] for x in last) / len(last), 4) for k in last[0]},
+               **{f"first_{k}": round(h[k], 4) for k in ("reward", "kl", "gold") if k in h})
     common.free(actor), common.free(critic)
 
 

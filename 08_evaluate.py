@@ -35,7 +35,6 @@ HPARAMS = {
     "repetition_penalty": (1.1, 1.0, "of sampling"),
     "generate_batch_size": (16, 100, "prompts per process and call of generate"),
     "eval_batch_size": (8, 64, "responses per process and forward pass of a judging model"),
-    "zero": common.TRAINING["zero"],
     "precision": common.TRAINING["precision"],
 }
 OPPONENTS = ("sft", "round_0", "baseline")
@@ -129,19 +128,17 @@ def main(argv=None):
     data = common.require(args, "00_data", "python 00_data.py")
     common.require(args, "01_sft", "python 01_sft.py")
     common.require(args, "06_ppo/round_0", "python 06_ppo.py --round 0")
-    kind = args.judge or ("gold" if args.run.get("world") == "toy" else "ensemble")
-    names = [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)] if kind == "ensemble" else []
-    members = [common.require(args, name, "python 02_rm_ensemble.py") for name in names]
+    kind, names = judges.choose(args)
     common.setup(args)
     policies = {"sft": "01_sft"} | {name.split("/")[1]: name for name in common.finished(args.out)
                                     if name.startswith("06_ppo/")}
     run = common.begin(args, "08_evaluate", ["00_data", *policies.values(), *names])
     tokenizer = common.load_tokenizer(Path(args.out) / "01_sft")
-    score = judges.ensemble(args, tokenizer, members) if members else judges.gold
+    score = judges.scorer(args, tokenizer, names)
 
     files = [*sorted(data.glob("eval_*.jsonl")), *sorted(data.glob("ood_*.jsonl"))]
     sets = {f.stem: common.read_jsonl(f)[:args.prompts] for f in files}
-    rows = [{**row, "set": name} for name, members in sets.items() for row in members]
+    rows = [{**row, "set": name} for name, of_set in sets.items() for row in of_set]
     responses = answer(args, policies, rows, tokenizer)
     flat = score([row["prompt"] for row in rows] * len(policies), sum(responses.values(), []))
     scores = {policy: flat[i * len(rows):(i + 1) * len(rows)] for i, policy in enumerate(policies)}

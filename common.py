@@ -335,10 +335,10 @@ def save_model(engine, path, tokenizer):
     module = getattr(engine, "module", engine)
     zero3 = getattr(engine, "zero_optimization_stage", int)() == 3
     state = engine._zero3_consolidated_16bit_state_dict() if zero3 else module.state_dict()
-    if isinstance(module, RewardModel):
-        module = module.model
-        state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     if rank() == 0:
+        if isinstance(module, RewardModel):
+            module = module.model
+            state = {k[len("model."):]: v for k, v in state.items() if k.startswith("model.")}
         module.config.pad_token_id = tokenizer.pad_token_id
         module.save_pretrained(path, state_dict=state)
         tokenizer.save_pretrained(path)

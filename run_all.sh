@@ -44,6 +44,8 @@ while [ $# -gt 0 ] && [ $mode != test ]; do
   esac
   shift
 done
+[[ $mode = run || $mode = experiments || ${#flags[@]} -eq 0 ]] || fail "unknown flag ${flags[*]}"
+[[ $mode = replay || -z $stage ]] || fail "--stage goes with replay"
 [[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus takes a positive whole number, got: $gpus"
 
 # ---- environment: an active one is used as it is, else .venv is made from requirements.txt
@@ -62,6 +64,7 @@ fi
 python "$here/lab/environment.py" "$here/requirements.txt" || exit 2
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 code=; [ "$PWD" = "$here" ] || code=$here/
+quoted=${code:+$(printf %q "$code")}
 [[ $mode != replay || -n $stage ]] || fail "replay needs --stage NAME"
 case $mode in
   test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
@@ -75,7 +78,7 @@ launcher=(${gpus:+--num_gpus "$gpus"} ${hostfile:+--hostfile "$hostfile"}
 stopping='' child=
 stop() {  # to the processes of the stage, not to the launcher, which would kill them after 30 s
   stopping=1
-  pkill -TERM -g "$child" -f '^[^ ]*python[0-9.]* (-u )?[^ -]*\.py( |$)' || kill -TERM "$child"
+  pkill -TERM -g "$child" -f '^[^ ]*python[0-9.]* (-u )?[^ -][^ ]*\.py( |$)' || kill -TERM "$child"
 }
 trap stop TERM INT
 launch() {  # a command in a group of its own, so that Ctrl-C reaches its stage through `stop` only
@@ -104,12 +107,12 @@ exec 9>"$out/.run_all.lock"
 while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
   if [ "$do" = note ]; then echo; echo "== $id"; continue; fi
   if [ "$do" = skip ]; then echo "== $id is complete, skipped"; continue; fi
-  eval "command=(deepspeed $(printf '%q ' "${launcher[@]}") $code$script)"
-  case $id in 00_data|09_report) eval "command=(python $code$script)" ;; esac
+  eval "command=(deepspeed $(printf '%q ' "${launcher[@]}") $quoted$script)"
+  case $id in 00_data|09_report) eval "command=(python $quoted$script)" ;; esac
   echo; echo "== $id: $purpose"; echo "   ${command[*]}"; echo "   minutes expected: $minutes"
   printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
   start=$SECONDS
-  launch "${command[@]}" $restart || fail "$id failed; run it again with: $activate${command[*]}"
+  launch "${command[@]}" $restart || fail "$id failed; run it again with: $activate$(printf '%q ' "${command[@]}")"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 done 3<<<"$plan"
 [ ! -f "$out/08_evaluate/tables.md" ] || cat "$out/08_evaluate/tables.md"

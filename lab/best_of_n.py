@@ -24,7 +24,6 @@ HPARAMS = {
     "repetition_penalty": (1.1, 1.0, "of sampling"),
     "generate_batch_size": (16, 100, "responses per process and call of generate"),
     "eval_batch_size": (8, 64, "responses per process and forward pass"),
-    "zero": common.TRAINING["zero"],
     "precision": common.TRAINING["precision"],
 }
 
@@ -40,14 +39,12 @@ def main(argv=None):
     names = args.models or [name for name in common.finished(args.out)
                             if name.startswith(("04_", "05_", "07_"))]
     paths = {name: common.require(args, name, f"python {name.split('/')[0]}.py") for name in names}
-    kind = args.judge or ("gold" if args.run.get("world") == "toy" else "ensemble")
-    voters = [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)] if kind == "ensemble" else []
-    members = [common.require(args, name, "python 02_rm_ensemble.py") for name in voters]
+    kind, voters = judges.choose(args)
     common.setup(args)
     run = common.begin(args, "08_best_of_n", ["00_data", "01_sft", *names, *voters],
                        script="lab/best_of_n.py")
     tokenizer, n = common.load_tokenizer(sft), args.n
-    score = judges.ensemble(args, tokenizer, members) if members else judges.gold
+    score = judges.scorer(args, tokenizer, voters)
     rows = [{**row, "set": f.stem} for f in sorted(data.glob("eval_*.jsonl"))
             for row in common.read_jsonl(f)[:args.prompts]]
     encoded = common.encode(tokenizer, rows, [], args.run)

@@ -22,7 +22,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
 from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
-from lab.manifest import finished, other_inputs, read_manifest  # noqa: E402
+from lab.manifest import (  # noqa: E402
+    finished, other_inputs, read_manifest, recorded_flags)
 from lab.record import CHOICES, differences, promote  # noqa: E402
 
 METHODS = list(import_module("04_rm_denoise").METHODS)
@@ -85,15 +86,6 @@ def why(out, directories):
     return None
 
 
-def recorded_flags(manifest):
-    """The recorded command's flags without those that change nothing."""
-    given = [w for w in shlex.split(manifest["command"])[1:]
-             if not w.startswith(("--local_rank", "--debug", "--restart"))]
-    if "--out" in given:
-        del given[given.index("--out"):given.index("--out") + 2]
-    return given
-
-
 def meant(values):
     """Flags of stage 00 by their meaning: two spellings of one file are equal."""
     def real(x):
@@ -147,9 +139,12 @@ def plan(args, flags):
     rounds = args.rounds if args.rounds is not None else 1 if limit else 3 if preset == "toy" else 4
     if not flags and (made := read_manifest(out, "00_data")):
         flags = recorded_flags(made)
-    again, done = False, False
+    again = False
     M = import_module("02_rm_ensemble").HPARAMS["M"][CHOICES["preset"].index(preset)]
-    for directories, purpose, seconds, command in pipeline(rounds, M):
+    stages = pipeline(rounds, M)
+    last = max(i for i, (d, *_) in enumerate(stages)
+               if not args.to or name_of(d).startswith(args.to))
+    for directories, purpose, seconds, command in stages[:last + 1]:
         name, several = name_of(directories), len(directories) > 1  # those keep what is finished
         forced = name.startswith(first) or again and bool(args.start)
         reason = None if args.dry_run else why(out, directories)
@@ -160,13 +155,10 @@ def plan(args, flags):
         command += f" {shlex.join(flags)}" * (name == "00_data" and bool(flags))
         command += f" --out {shlex.quote(args.out)}" + " --restart" * (forced and several)
         minutes = "unmeasured" if limit or preset != "toy" else f"{seconds / 60:.1f}"
-        if done and not name.startswith(args.to):
-            break
         if args.dry_run:
             show_resolved(command, args.preset)
             continue
         print("\t".join(("run" if again else "skip", name, minutes, purpose, command)))
-        done = done or bool(args.to) and name.startswith(args.to)
     if args.start and not again:
         die(f"--from {args.start} matched no stage of this run")
 
@@ -249,9 +241,9 @@ def summary_table(rounds):
 def complete(out, directories, flags):
     """The directories were made by these flags from the inputs that are here now."""
     manifests = [read_manifest(Path(out), name) for name in directories]
-    if manifests[0] and directories == ["00_data"] and recorded_flags(manifests[0]) != flags:
-        die(f"{out} was made with other flags ({shlex.join(recorded_flags(manifests[0]))}): choose "
-            "another --out")
+    if directories == ["00_data"]:
+        check_data(Path(out), flags)
+        return bool(manifests[0]) and not why(Path(out), directories)
     return all(m and recorded_flags(m) == flags for m in manifests) and \
         not why(Path(out), directories)
 

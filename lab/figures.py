@@ -275,6 +275,10 @@ def data_15(run):
 def data_more(run):
     policies = [*rounds(run)[:4], "more_1", "more_2", "more_3"]
     found = {name: x for name, x in mean_scores(run, policies).items() if "more_1" in x}
+    for scores in found.values():  # rounds that both have
+        for r in (1, 2, 3):
+            if not {f"more_{r}", f"round_{r}"} <= scores.keys():
+                scores.pop(f"more_{r}", None)
     if not found:
         raise Missing(f"{run.path}/08_evaluate has no more_1 (run 06_ppo.py --name more_1, then "
                       "08_evaluate.py)")

@@ -14,18 +14,28 @@ def gold(prompts, responses):
     return [toy_world.gold(p, r) for p, r in zip(prompts, responses)]
 
 
-def ensemble(args, tokenizer, members):
-    """→ score(prompts, responses): mean standardised reward under the models in `members`."""
+def choose(args):
+    """(kind, directories of the reward models that vote) of --judge: gold in the embedded world,
+    else the ensemble."""
+    kind = args.judge or ("gold" if args.run.get("world") == "toy" else "ensemble")
+    names = [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)] if kind == "ensemble" else []
+    for name in names:
+        common.require(args, name, "python 02_rm_ensemble.py")
+    return kind, names
+
+
+def scorer(args, tokenizer, names):
+    """→ score(prompts, responses) of the judge chosen: gold, or the mean standardised reward."""
     def score(prompts, responses):
         # decoders like Llama-2's drop the leading space that the preference data have
         rows = [{"id": str(i), "prompt": p, "response": " " + r.strip() if r.strip() else ""}
                 for i, (p, r) in enumerate(zip(prompts, responses))]
         groups, total = common.encode(tokenizer, rows, ["response"], args.run), 0
-        for member in members:
-            r = common.score_by(member, groups, args, tokenizer)[:, 0]
+        for name in names:
+            r = common.score_by(f"{args.out}/{name}", groups, args, tokenizer)[:, 0]
             total = total + (r - r.mean()) / r.std(correction=0).clamp(min=1e-6)
-        return (total / len(members)).tolist()
-    return score
+        return (total / len(names)).tolist()
+    return score if names else gold
 
 
 def sample_answers(run, policy, reward_model, layout, tokenizer, prompts, texts, truth, step):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from datetime import datetime
 from pathlib import Path
 
@@ -35,16 +36,15 @@ def maker(out, path):
 def hash_now(out, path, recorded=None, since=0.0):
     """sha256 of an input as it is now; None if it is gone. A file of the run has the hash that its
     stage wrote down, a user's own (absolute path) the one `recorded` at the time `since`: the bytes
-    are read only where a file is younger than that."""
+    are read only where the file was written, replaced or moved here after that (its ctime)."""
     try:
         stat = os.stat(Path(out) / path)
     except OSError:
         return None
-    young = stat.st_ctime  # a file of the user's that was moved here has an old mtime
     if not os.path.isabs(path):
-        file, young = maker(out, path), stat.st_mtime
-        recorded, since = read_json(file)["outputs"].get(path), file.stat().st_mtime
-    return sha256(Path(out) / path) if young > since or recorded is None else recorded
+        file = maker(out, path)
+        recorded, since = read_json(file)["outputs"].get(path), file.stat().st_ctime
+    return sha256(Path(out) / path) if stat.st_ctime > since or recorded is None else recorded
 
 
 def other_inputs(out, manifest):
@@ -82,6 +82,15 @@ def input_hashes(out, inputs):
     if missing := [path for path, value in hashes.items() if value is None]:
         die(f"{Path(out) / missing[0]} is missing: run {missing[0].split('/')[0]} again")
     return hashes
+
+
+def recorded_flags(manifest):
+    """The recorded command's flags, without --out and those that change nothing."""
+    given = [w for w in shlex.split(manifest["command"])[1:]
+             if not w.startswith(("--local_rank", "--debug", "--restart", "--out="))]
+    if "--out" in given:
+        del given[given.index("--out"):given.index("--out") + 2]
+    return given
 
 
 def is_name(name):

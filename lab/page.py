@@ -12,7 +12,7 @@ import jinja2
 from lab import figures
 from lab.base import die, log, progress, read_json, write_text
 from lab.claims import MIN_SEEDS, VERDICTS, ledger
-from lab.manifest import finished, head
+from lab.manifest import finished, head, recorded_flags
 
 TEXTS = ("table_1", "samples")
 
@@ -37,9 +37,8 @@ def bounds(criterion):
 def commands(run, patterns):
     """The recorded command lines of the stages that a figure comes from."""
     found = sorted({p for pattern in patterns for p in run.path.glob(f"{pattern}/manifest.json")})
-    lines = dict.fromkeys(" ".join(w for w in shlex.split(read_json(p)["command"])
-                                   if not w.startswith("--local_rank")) for p in found)
-    return [f"deepspeed {line}" for line in lines]
+    return list(dict.fromkeys(shlex.join(["deepspeed", m["script"], *recorded_flags(m)])
+                              for m in map(read_json, found)))
 
 
 def what_was_run(runs):

@@ -196,9 +196,10 @@ class Stage:
                    if not math.isfinite(x)]
             bad, signals = zip(*gather_rows([(rank(), (bad, list(asked_to_stop)))]))
             if bad := sum(bad, []):
-                path = self.dir / "bad_batch.jsonl"
+                path, batch = self.dir / "bad_batch.jsonl", batches[step - 1]
+                groups = sum(batch, []) if isinstance(batch, tuple) else batch  # 07 has two sets
                 if rank() == 0:
-                    write_jsonl(path, [{"step": step, "ids": [g["id"] for g in batches[step - 1]],
+                    write_jsonl(path, [{"step": step, "ids": [g["id"] for g in groups],
                                         "bad": bad}])
                 die(f"{self.name} step {step}: {', '.join(bad)} is not finite; the step's ids are "
                     f"in {path}, the last checkpoint is kept")

@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from lab.base import HERE, die, launch, read_json, sha256
-from lab.manifest import finished, head, in_order, other_inputs, read_manifest
+from lab.manifest import (finished, head, in_order, other_inputs, read_manifest,
+                          recorded_flags)
 
 ROOT_FILES = {"run.json", "commands.log", ".lock", ".run_all.lock"}  # of no stage directory
 STAGE_DIR = re.compile(r"(0[01389]_\w+|0[24567]_\w+/[^/]+)/")
@@ -117,11 +118,8 @@ def replay(out, stage):
         shutil.copy(out / "run.json", scratch / "run.json")
     commands = {}  # in order; one command may have made several of the directories
     for manifest in (manifests[n] for n in in_order(manifests)):
-        flags = [word for word in shlex.split(manifest["command"])[1:]
-                 if not word.startswith(("--local_rank", "--out="))]
-        if "--out" in flags:
-            del flags[flags.index("--out"):flags.index("--out") + 2]
-        commands[(manifest["world_size"], str(HERE / manifest["script"]), *flags)] = None
+        script = str(HERE / manifest["script"])
+        commands[(manifest["world_size"], script, *recorded_flags(manifest))] = None
     for processes, *words in commands:
         command = [*(["deepspeed", "--num_gpus", str(processes)] if processes > 1 else
                      [sys.executable]), *words, "--out", str(scratch)]
@@ -151,7 +149,7 @@ def main():
         die(f"{args.dir} is no directory")
     if args.replay:
         sys.exit(not replay(args.dir, args.replay.strip("/")))
-    runs = [args.dir] if finished(args.dir) else sorted(  # of experiments
+    runs = [] if (args.dir / "run.json").exists() else sorted(  # of experiments
         p.parent for kind in ("seed", "summary") for p in args.dir.glob(f"{kind}_*/run.json"))
     sys.exit(not all([print(f"== {run}") or verify(run) for run in runs] or [verify(args.dir)]))
 

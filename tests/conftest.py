@@ -27,7 +27,8 @@ def run(*command, check=True, processes=1):
     fails."""
     done = subprocess.run([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, preexec_fn=all_cores if processes > 1 else None)
-    assert not check or done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
+    assert not check or done.returncode == 0, \
+        f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
     return done
 
 

@@ -1,6 +1,9 @@
-"""Stage 05 as it is, for test_stages.py, with two parts replaced: dropout, which differs between processes by design,
-by a shift of the embeddings that depends on token and view only; and AdamW, which hides a gradient of the wrong
-size, by SGD. Also keeps the whole state, prototypes included: `contrastive_worker.py FILE_PREFIX CASE... -- FLAGS`."""
+"""Stage 05 as it is, for test_stages.py, with two parts replaced: dropout, which differs between
+processes by design,
+by a shift of the embeddings that depends on token and view only; and AdamW, which hides a gradient
+of the wrong
+size, by SGD. Also keeps the whole state, prototypes included: `contrastive_worker.py FILE_PREFIX
+CASE... -- FLAGS`."""
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +35,8 @@ def load_with_views(*args, **kwargs):
 common.load_reward_model = load_with_views
 common.engine_config = lambda *args: config(*args) | {"zero_allow_untested_optimizer": True}
 torch.optim.AdamW = type("PlainSGD", (torch.optim.SGD,), {
-    "__init__": lambda self, parameters, lr, **_: torch.optim.SGD.__init__(self, parameters, lr=lr)})
+    "__init__": lambda self, parameters, lr, **_: torch.optim.SGD.__init__(self, parameters, lr=lr)
+})
 
 argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
 prefix, cases, flags = argv[0], argv[1:argv.index("--")], argv[argv.index("--") + 1:]
@@ -41,11 +45,13 @@ for case in cases:
 
     def save_all(engine, path, tokenizer, file=f"{prefix}_{method}_{zero}.pt"):
         zero3 = engine.zero_optimization_stage() == 3
-        state = engine._zero3_consolidated_16bit_state_dict() if zero3 else engine.module.state_dict()
+        state = engine._zero3_consolidated_16bit_state_dict(
+        ) if zero3 else engine.module.state_dict()
         if common.rank() == 0:
             torch.save({k: v.clone() for k, v in state.items()}, file)
         save(engine, path, tokenizer)
 
     common.save_model = save_all
-    import_module("05_rm_contrastive").main([*flags, "--methods", method, "--zero", zero, "--dropout", "0",
-                                             "--name", Path(prefix).name + f"_{method}_{zero}"])
+    import_module("05_rm_contrastive").main([
+        *flags, "--methods", method, "--zero", zero, "--dropout", "0", "--name",
+        Path(prefix).name + f"_{method}_{zero}"])

@@ -1,4 +1,5 @@
-"""Stage 07 as it is, once per ZeRO stage in one launch, for test_metarm.py: `metarm_worker.py FOLDER FLAGS...` leaves
+"""Stage 07 as it is, once per ZeRO stage in one launch, for test_metarm.py: `metarm_worker.py
+FOLDER FLAGS...` leaves
 FOLDER/ZERO.safetensors."""
 import shutil
 import sys

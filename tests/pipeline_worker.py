@@ -1,4 +1,5 @@
-"""A small whole pipeline in one process, for test_audit.py: complete stages are skipped, as run_all.sh does.
+"""A small whole pipeline in one process, for test_audit.py: complete stages are skipped, as
+run_all.sh does.
 `pipeline_worker.py OUT [--seed N]`"""
 import sys
 from importlib import import_module
@@ -11,17 +12,16 @@ out, *flags = sys.argv[1:]
 SMALL = ["--limit", 6, "--n_pairs", 300, "--n_sft", 300, "--n_prompts", 80, "--n_eval", 8, *flags]
 OFTEN = ["--save_every", 2]
 STAGES = [  # what is complete at its end, script, flags
-    ("00_data", "00_data", SMALL),
-    ("01_sft", "01_sft", ["--hidden_size", 64, *OFTEN]),
+    ("00_data", "00_data", SMALL), ("01_sft", "01_sft", ["--hidden_size", 64, *OFTEN]),
     ("02_rm_ensemble/rm_01", "02_rm_ensemble", ["--M", 2, *OFTEN]),
     ("03_strength", "03_strength", ["--M", 2]),
     ("04_rm_denoise/soft_margin", "04_rm_denoise", OFTEN),
-    ("05_rm_contrastive/swav_diff", "05_rm_contrastive", ["--tsne_pairs", 10, "--freeze_prototypes", 1, *OFTEN]),
+    ("05_rm_contrastive/swav_diff", "05_rm_contrastive",
+     ["--tsne_pairs", 10, "--freeze_prototypes", 1, *OFTEN]),
     ("06_ppo/round_0", "06_ppo", ["--round", 0, "--eval_every", 2, *OFTEN]),
-    ("07_metarm/round_1", "07_metarm", ["--round", 1, "--meta_prompts", 40, "--eval_every", 2, "--equation_17", 1, *OFTEN]),
-    ("06_ppo/round_1", "06_ppo", ["--round", 1, *OFTEN]),
-    ("08_evaluate", "08_evaluate", []),
-]
+    ("07_metarm/round_1", "07_metarm",
+     ["--round", 1, "--meta_prompts", 40, "--eval_every", 2, "--equation_17", 1, *OFTEN]),
+    ("06_ppo/round_1", "06_ppo", ["--round", 1, *OFTEN]), ("08_evaluate", "08_evaluate", []),]
 
 if __name__ == "__main__":
     import deepspeed  # noqa: F401  (seconds, before the clock of the kill test starts)

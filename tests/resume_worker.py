@@ -1,4 +1,5 @@
-"""Stages cut off after a checkpoint and started again, for test_audit.py: the outputs must be those of an undisturbed
+"""Stages cut off after a checkpoint and started again, for test_audit.py: the outputs must be those
+of an undisturbed
 run. `resume_worker.py RESULTS.json OUT STAGE:ZERO...`, on any number of processes."""
 import json
 import sys
@@ -12,13 +13,14 @@ from lab import checkpoint  # noqa: E402
 COMMON = ["--limit", 5, "--save_every", 2, "--micro_batch_size", 8]
 FLAGS = {
     "01_sft": ("01_sft", ["--hidden_size", 64]),
-    "02_rm_ensemble": ("02_rm_ensemble/rm_00", ["--members", 0]),
-    "04_rm_denoise": ("04_rm_denoise/cut", ["--methods", "soft_margin", "--name", "cut", "--eval_every", 3]),
-    "05_rm_contrastive": ("05_rm_contrastive/cut", ["--methods", "swav", "--name", "cut", "--freeze_prototypes", 1,
-                                               "--tsne_pairs", 10]),
-    "06_ppo": ("06_ppo/round_0", ["--round", 0, "--eval_every", 2]),
-    "07_metarm": ("07_metarm/round_1", ["--round", 1, "--meta_prompts", 40, "--eval_every", 3, "--equation_17", 1]),
-}
+    "02_rm_ensemble": ("02_rm_ensemble/rm_00", ["--members", 0]), "04_rm_denoise":
+        ("04_rm_denoise/cut", ["--methods", "soft_margin", "--name", "cut", "--eval_every", 3]),
+    "05_rm_contrastive":
+        ("05_rm_contrastive/cut",
+         ["--methods", "swav", "--name", "cut", "--freeze_prototypes", 1, "--tsne_pairs",
+          10]), "06_ppo": ("06_ppo/round_0", ["--round", 0, "--eval_every", 2]), "07_metarm":
+              ("07_metarm/round_1",
+               ["--round", 1, "--meta_prompts", 40, "--eval_every", 3, "--equation_17", 1]),}
 argv = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
 results, out, cases, save = {}, Path(argv[1]), argv[2:], checkpoint.save
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, all_cores, deepspeed, run
@@ -250,6 +251,22 @@ print("CODE", go("04_rm_denoise", "--methods", "margin", "--limit", "10", "--sav
     assert (partial / "checkpoint_3/checkpoint.json").exists()
 
 
+def test_a_non_finite_number_names_the_ids_of_both_of_07s_sets(tmp_path, capsys):
+    args = SimpleNamespace(out=tmp_path, preset="toy", seed=0, limit=None, layout="auto",
+                           deterministic=False, hparams={}, restart=False, save_every=10)
+    stage = record.begin(args, "07_metarm/x")
+    try:
+        with pytest.raises(SystemExit):
+            for _ in stage.steps([([{"id": "a"}], [{"id": "b"}])]):
+                stage.note(loss=float("nan"))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        record.open_stages.clear()
+    assert "loss nan is not finite" in capsys.readouterr().err
+    assert json.loads((stage.dir / "bad_batch.jsonl").read_text())["ids"] == ["a", "b"]
+
+
 def test_a_full_disk_is_one_line_and_finished_stages_stay(copy):
     done = python("""
 import errno
@@ -352,18 +369,23 @@ def test_a_missing_stage_other_code_and_paths_outside_are_named(copy, capsys):
     assert bad_lines(copy, capsys) == ""
 
 
-def test_only_verify_reads_every_byte(copy, capsys):
-    """Same size, old mtime, other bytes: the pipeline takes the manifest's word, verify does not;
-    a file younger than its manifest is read by both."""
-    path = copy / "01_sft/model.safetensors"
-    known = manifest.hash_now(copy, "01_sft/model.safetensors")
+def test_a_file_written_or_moved_after_its_manifest_is_read_again(copy, monkeypatch):
+    """An input's hash is its manifest's, without a look at the bytes, unless the file is younger:
+    edited under its old size and mtime, or another moved to its place."""
+    name = "01_sft/model.safetensors"
+    path, record_ = copy / name, copy / "01_sft/manifest.json"
+    record_.write_text(record_.read_text())  # younger than the copies of the files
+    known = json.loads(record_.read_text())["outputs"][name]
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "sha256", None)
+        assert manifest.hash_now(copy, name) == known
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert manifest.hash_now(copy, "01_sft/model.safetensors") != known
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert manifest.hash_now(copy, "01_sft/model.safetensors") == known
-    assert "changed: 01_sft/model.safetensors" in bad_lines(copy, capsys)
+    assert manifest.hash_now(copy, name) == base.sha256(path) != known
+    shutil.move(copy / "02_rm_ensemble/rm_00/model.safetensors", path)
+    assert manifest.hash_now(copy, name) == base.sha256(path)
 
 
 # ---------------------------------------------------------------- replay, heads, changed inputs
@@ -633,7 +655,6 @@ def test_debug_shows_the_traceback(tmp_path):
                check=False)
     assert done.returncode == 2 and "Traceback" not in done.stdout
     assert "out" in done.stdout.splitlines()[-1]
-    )[-1]
     done = run(sys.executable, "00_data.py", "--out", tmp_path / "out", "--n_pairs", 20, "--debug",
                check=False)
     assert "Traceback" in done.stdout

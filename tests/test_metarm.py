@@ -1,4 +1,5 @@
-"""07 against an independent plain-PyTorch Algorithm 1, on every ZeRO stage, one and two processes."""
+"""07 against an independent plain-PyTorch Algorithm 1, on every ZeRO stage, one and two
+processes."""
 import hashlib
 import json
 from importlib import import_module
@@ -18,25 +19,32 @@ FLAGS = ["--round", 1, "--limit", STEPS, "--eta", ETA, "--batch_size", N, "--met
 
 
 def reference(out, eta=ETA):
-    """Algorithm 1 with stock transformers, one right-padded row per response, torch's AdamW and clip_grad_norm_.
+    """Algorithm 1 with stock transformers, one right-padded row per response, torch's AdamW and
+    clip_grad_norm_.
     Only the order of the data is taken from the project."""
     tokenizer = AutoTokenizer.from_pretrained(out / "01_sft")
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(out / "01_sft", num_labels=1, attention_dropout=0.0)
+    model = AutoModelForSequenceClassification.from_pretrained(out / "01_sft", num_labels=1,
+                                                               attention_dropout=0.0)
     head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(0))
     model.score.weight.data = head / (model.config.hidden_size + 1) ** 0.5
     model.config.pad_token_id = tokenizer.pad_token_id
     args = SimpleNamespace(**json.loads((out / "run.json").read_text()))
-    _, train = common.encode_pairs(tokenizer, common.read_jsonl(out / "03_strength/train.jsonl"), vars(args))
+    _, train = common.encode_pairs(tokenizer, common.read_jsonl(out / "03_strength/train.jsonl"),
+                                   vars(args))
     samples = common.read_jsonl(out / "07_metarm/round_1/samples.jsonl")
-    groups = [{**g, "responses": [r if r[-1] == tokenizer.eos_token_id else r + [tokenizer.eos_token_id] for r in ids]}
-              for g, ids in zip(common.encode(tokenizer, samples, [], vars(args)), (s["response_ids"] for s in samples))]
+    groups = [{
+        **g, "responses": [
+            r if r[-1] == tokenizer.eos_token_id else r + [tokenizer.eos_token_id] for r in ids]
+    } for g, ids in zip(common.encode(tokenizer, samples, [], vars(args)), (s["response_ids"]
+                                                                            for s in samples))]
     meta = [g for i, g in enumerate(groups) if i % 10]
 
     def rewards(batch):
         rows = [g["prompt"] + r for g in batch for r in g["responses"]]
         padded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        return model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits.view(len(batch), -1)
+        return model(padded["input_ids"],
+                     attention_mask=padded["attention_mask"]).logits.view(len(batch), -1)
 
     def J(batch):  # Eq. 11, by loops
         total = 0.0
@@ -71,7 +79,8 @@ def reference(out, eta=ETA):
 @pytest.mark.parametrize("processes, micro", [(1, 16), (2, 4)])  # accumulation 1 and 2
 def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
     """ZeRO 0, 1, 2 and 3."""
-    deepspeed(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS, "--micro_batch_size", micro)
+    deepspeed(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS,
+              "--micro_batch_size", micro)
     expected = reference(run_copy)
     without = reference(run_copy, eta=0.0)
     effect = max((without[k] - expected[k]).abs().max().item() for k in expected)
@@ -79,28 +88,38 @@ def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
         ours = load_file(tmp_path / f"{zero}.safetensors")
         assert set(ours) == set(expected)
         worst = max((ours[k] - expected[k]).abs().max().item() for k in ours)
-        print(f"zero {zero}, {processes} process(es): off by {worst:.1e}; the meta step itself moves {effect:.1e}")
+        print(
+            f"zero {zero}, {processes} process(es): off by {worst:.1e}; the meta step itself "
+            f"moves {effect:.1e}"
+        )
         assert worst < 1e-5 and effect > 20 * worst
 
 
 def test_eta_zero_is_the_baseline_bit_for_bit(run_copy):
     """With eta = 0 the meta step is made, cleared and undone, and nothing of it is left."""
-    python_stages(["07_metarm", "--out", run_copy, "--round", 1, "--limit", STEPS, "--eta", 0, "--meta_prompts", 40])
-    files = [run_copy / d / "model.safetensors" for d in ("07_metarm/round_1", "04_rm_denoise/baseline")]
+    python_stages([
+        "07_metarm", "--out", run_copy, "--round", 1, "--limit", STEPS, "--eta", 0,
+        "--meta_prompts", 40])
+    files = [
+        run_copy / d / "model.safetensors" for d in ("07_metarm/round_1", "04_rm_denoise/baseline")]
     digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
     assert digests[0] == digests[1]
 
 
 def test_eta_matters(run_copy):
-    """A larger eta gives another model: the test above cannot pass by a meta step that does nothing."""
-    python_stages(["07_metarm", "--out", run_copy, "--round", 1, "--limit", STEPS, "--eta", ETA, "--meta_prompts", 40])
+    """A larger eta gives another model: the test above cannot pass by a meta step that does
+    nothing."""
+    python_stages([
+        "07_metarm", "--out", run_copy, "--round", 1, "--limit", STEPS, "--eta", ETA,
+        "--meta_prompts", 40])
     ours, baseline = (load_file(run_copy / d / "model.safetensors")
                       for d in ("07_metarm/round_1", "04_rm_denoise/baseline"))
     assert max((ours[k] - baseline[k]).abs().max().item() for k in ours) > 1e-4
 
 
 def test_equation_17():
-    """Eqs. 15 to 17, by Taylor (Eq. 16): dL(theta + eta dJ) - dL is Eq. 17's term with dJ held fixed
+    """Eqs. 15 to 17, by Taylor (Eq. 16): dL(theta + eta dJ) - dL is Eq. 17's term with dJ held
+    fixed
     up to O(eta^2): halving eta quarters the error (float64). The whole derivative is another one.
     This also settles Eq. 17's missing eta, and that Eq. 15's Jacobian is not applied."""
     metarm = import_module("07_metarm")

@@ -11,12 +11,15 @@ PAPER = {  # appendix B.2
     "02_rm_ensemble": {"M": 10, "batch_size": 32, "lr": 5e-6},
     "03_strength": {"M": 10},
     "04_rm_denoise": {"batch_size": 32, "lr": 5e-6},
-    "05_rm_contrastive": {"batch_size": 16, "lr": 5e-6, "dropout": 0.05, "simcse_beta": 1, "swav_diff_prototypes": 20,
-                          "swav_diff_beta": 0.5, "swav_prototypes": 50, "swav_beta": 0.1},
-    "06_ppo": {"actor_lr": 5e-7, "critic_lr": 1.5e-6, "iterations": 2000, "batch_size": 32, "rollouts": 4,
-               "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "lam": 0.95, "gamma": 1, "kl_beta": 0.05,
-               "reward_clip": 0.8},
-    "07_metarm": {"batch_size": 32, "lr": 5e-6, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1},
+    "05_rm_contrastive": {
+        "batch_size": 16, "lr": 5e-6, "dropout": 0.05, "simcse_beta": 1,
+        "swav_diff_prototypes": 20, "swav_diff_beta": 0.5, "swav_prototypes": 50, "swav_beta": 0.1},
+    "06_ppo": {
+        "actor_lr": 5e-7, "critic_lr": 1.5e-6, "iterations": 2000, "batch_size": 32, "rollouts": 4,
+        "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "lam": 0.95, "gamma": 1,
+        "kl_beta": 0.05, "reward_clip": 0.8},
+    "07_metarm": {"batch_size": 32, "lr": 5e-6, "temperature": 0.8, "top_p": 0.9,
+                  "repetition_penalty": 1.1},
     "08_evaluate": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1},
     "00_data": {"max_response_tokens": 512, "valid_fraction": 0.1},
 }

@@ -18,7 +18,7 @@ from lab import page  # noqa: E402
 from lab.manifest import finished, in_order  # noqa: E402
 
 README, RECORD, TOY = ROOT / "README.md", ROOT / "results/README.md", ROOT / "results/toy"
-DRAWN = "lab/figures.py"
+DRAWN = "lab/figures.toml"
 # label: (file, text of the line, what)
 MAP = {
     "Eq. 1": ("04_rm_denoise.py", "of Eq. 1.", "Bradley-Terry probability"),
@@ -39,10 +39,10 @@ MAP = {
     "Eq. 16": ("07_metarm.py", "By Taylor (Eq. 16)", "Taylor expansion"),
     "Eq. 17": ("07_metarm.py", "Eq. 17: dL(theta')", "what the meta step adds"),
     "Algorithm 1": ("07_metarm.py", '"""Algorithm 1.', "MetaRM"),
-    **{f"Table {n}": (DRAWN, f'"Table {n}: ', what) for n, what in (
+    **{f"Table {n}": (DRAWN, f'title = "Table {n}: ', what) for n, what in (
         (1, "a wrong, an ambiguous, a strong pair"), (2, "rounds against SFT"),
         (3, "the best round"))},
-    **{f"Figure {n}": (DRAWN, f'"Figure {n}: ', "drawing") for n in range(1, 29)
+    **{f"Figure {n}": (DRAWN, f'title = "Figure {n}: ', "drawing") for n in range(1, 29)
        if n not in (14, 18)},
     "Figure 14": ("07_metarm.py", "Figure 14", "MetaRM's four steps, a drawing"),
     "Figure 18": ("README.md", "Figure 18", "a drawing of the report's plan, left out"),
@@ -62,7 +62,7 @@ def the_map():
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
         n = next(i for i, line in enumerate(lines, 1) if text in line)
         if file == DRAWN:
-            what = re.search(r": (.*?)\"", lines[n - 1])[1]
+            what = re.search(r": (.*)\"", lines[n - 1])[1]
         rows.append(f"| {label} | [{file}:{n}]({file}#L{n}) | {what} |")
     return "\n".join(rows)
 

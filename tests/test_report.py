@@ -11,7 +11,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import run
 from scipy import stats
 
 from lab import claims, experiments, figures, page as pages
@@ -244,7 +244,7 @@ def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("experiments") / "out"
     text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 2, "--max_response_tokens",
                12, "--max_prompt_tokens", 32, "--out", out).stdout
-    return out, text + run("python", "09_claims.py", "--out", out).stdout
+    return out, text + run("python", "09_report.py", "--out", out).stdout
 
 
 def test_the_page_has_every_figure_table_and_claim(page):
@@ -329,6 +329,13 @@ def test_equation_17_holds_with_grad_J_fixed(page):
     assert min(d["fixed"]) > 0.99
 
 
+def test_experiments_are_verified_run_by_run(page):
+    """The report changed nothing of them; one byte does, and is named."""
+    done = run("bash", "run_all.sh", "verify", "--out", page[0])
+    assert done.stdout.count("== ") == 4 and done.stdout.count("stages hold") == 4
+    assert run("bash", "run_all.sh", "verify", page[0], check=False).returncode == 2
+
+
 def test_finished_experiments_are_not_run_again(page):
     out = page[0]
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/*/manifest.json")}
@@ -341,7 +348,7 @@ def test_finished_experiments_are_not_run_again(page):
 def test_other_flags_on_finished_experiments_are_refused(page):
     done = run("python", "lab/experiments.py", "--limit", 3, "--seeds", 2, "--out", page[0],
                check=False)
-    assert done.returncode == 2 and "--limit 2" in done.stdout
+    assert done.returncode == 2 and "--limit (2 then, 3 now)" in done.stdout
     assert "seed_0 was made with other flags (" in done.stdout
 
 

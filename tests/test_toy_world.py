@@ -53,8 +53,9 @@ def test_every_prompt_can_be_read(task, topics):
 # ---------------------------------------------------------------- gold
 @pytest.mark.parametrize("prompt, best_to_worst", [
     (CAT, [
-        " Thank you for asking. Cats sleep for most of the day. Cats clean their own fur every day. "
-        "Please take care.", " Cats sleep for most of the day. Cats clean their own fur every day.",
+        " Thank you for asking. Cats sleep for most of the day. Cats clean their own fur every "
+        "day. Please take care.",
+        " Cats sleep for most of the day. Cats clean their own fur every day.",
         " Cats sleep for most of the day.", " Cats sleep for most of the day. Cats clean their own",
         " Cats sleep for most of the day. Cats sleep for most of the day.",
         " I am tired of you. Cats sleep for most of the day.",
