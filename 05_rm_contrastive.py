@@ -26,10 +26,6 @@ import random
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_samples
-from sklearn.model_selection import cross_val_predict
 
 import common
 
@@ -192,6 +188,9 @@ def overlap(h):
     """How far chosen and rejected features [N, 2, H] overlap, for each feature: its silhouette (1:
     apart, 0: mixed) and whether a linear probe fitted on the other folds tells what it is (mean
     0.5: it cannot). → [N, 2] each."""
+    from sklearn.linear_model import LogisticRegression  # a second to import, so only where needed
+    from sklearn.metrics import silhouette_samples
+    from sklearn.model_selection import cross_val_predict
     x, y = h.flatten(0, 1).numpy(), torch.tensor([0, 1]).repeat(len(h)).numpy()
     folds, probe = min(5, len(h)), LogisticRegression(max_iter=1000)
     told = cross_val_predict(probe, x, y, cv=folds) == y if folds > 1 else y * float("nan")
@@ -201,6 +200,7 @@ def overlap(h):
 def write_features(run, models, valid, tokenizer):
     """Figure 11's numbers: for each saved model {name: directory} the t-SNE, silhouettes and probe
     of chosen and rejected features of some validation pairs. → the last one's metrics."""
+    from sklearn.manifold import TSNE
     args = run.args
     drawn = random.Random(args.seed).sample(valid, min(args.tsne_pairs, len(valid)))
     data = {"ids": [g["id"] for g in drawn]}

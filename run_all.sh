@@ -63,8 +63,7 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
 fi
 python "$here/lab/environment.py" "$here/requirements.txt" || exit 2
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-code=; [ "$PWD" = "$here" ] || code=$here/
-quoted=${code:+$(printf %q "$code")}
+code=; [ "$PWD" = "$here" ] || code=$here/; quoted=${code:+$(printf %q "$code")}
 [[ $mode != replay || -n $stage ]] || fail "replay needs --stage NAME"
 case $mode in
   test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
@@ -112,7 +111,8 @@ while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
   echo; echo "== $id: $purpose"; echo "   ${command[*]}"; echo "   minutes expected: $minutes"
   printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
   start=$SECONDS
-  launch "${command[@]}" $restart || fail "$id failed; run it again with: $activate$(printf '%q ' "${command[@]}")"
+  launch "${command[@]}" $restart ||
+    fail "$id failed; run it again with: $activate$(printf '%q ' "${command[@]}")"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 done 3<<<"$plan"
 [ ! -f "$out/08_evaluate/tables.md" ] || cat "$out/08_evaluate/tables.md"

@@ -48,8 +48,7 @@ def lead(verdicts, policy, opponent, i):
 
 def roughness(y):
     """How unsteady a curve is: root mean square distance from a straight line through its second
-    half (nan when that
-    has fewer than three steps)."""
+    half (nan when that has fewer than three steps)."""
     y = np.asarray(y, float)[len(y) // 2:]
     if len(y) < 3:
         return np.nan
@@ -257,8 +256,7 @@ def later_epochs(kind):
 def inflation(d, pick):
     first, last = d["figure_20"]["epoch_end"][0], d["figure_20"]["epoch_end"][-1]   # [N, 2]
     i = pick(len(first))
-    # chosen, rejected
-    rise = (last[i] - first[i]).mean(0)
+    rise = (last[i] - first[i]).mean(0)                                   # chosen, rejected
     return rise.mean() - (rise[0] - rise[1])
 
 
@@ -331,8 +329,8 @@ CLAIMS = [(name, {"note": "", "paper": "", **c, "criterion": (c.get("low"), c.ge
 
 def verdict(low, high, criterion, seeds):
     """"holds" if the interval lies inside the criterion (low, high; None is no bound), "fails" if
-    it lies outside,
-    "open" if it crosses it, is not finite, or comes from fewer than three seeds."""
+    it lies outside, "open" if it crosses it, is not finite, or comes from fewer than three
+    seeds."""
     floor, ceiling = (b if c is None else c for b, c in zip((-np.inf, np.inf), criterion))
     if seeds < MIN_SEEDS or not np.isfinite([low, high]).all():
         return "open"
@@ -343,9 +341,8 @@ def verdict(low, high, criterion, seeds):
 
 def interval(measure, seeds, rng, replicates=REPLICATES):
     """95 % percentile bootstrap interval of the mean over seeds: a replicate draws seeds with
-    replacement and, inside
-    each, pairs or prompts with replacement. measure(d, pick) → number; seeds: [d]. → (low,
-    high)."""
+    replacement and, inside each, pairs or prompts with replacement. measure(d, pick) → number;
+    seeds: [d]. → (low, high)."""
     def draw(n):
         return rng.integers(n, size=n)
 

@@ -61,8 +61,7 @@ def read(path):
 @cache
 def curve(run_path, model):
     """Training of one model of stage 04 → {"step": [S], "train_loss": [S], "right": {set:
-    [S][pairs]
-    0 or 1}}; the sets are the three validation sets and "train"."""
+    [S][pairs] 0 or 1}}; the sets are the three validation sets and "train"."""
     scores = rows(run_path / "04_rm_denoise" / model / "scores.jsonl")
     valid = [row for row in rows(run_path / "03_strength/valid.jsonl")
              if row["id"] in scores[0]["valid"]]
@@ -326,7 +325,7 @@ def show(panels, columns=None, width=4.2, height=3.1, **more):
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False,
                                 figsize=(width * columns, height * -(-len(panels) // columns)),
                                 layout="constrained", **more)
-    names = []
+    names, several = [], any(len({**p.get("lines", {}), **p.get("bars", {})}) > 1 for p in panels)
     for axis, panel in zip(axes.flat, panels):
         style = panel.pop("style", {})
         for name, (x, curves_) in panel.pop("lines", {}).items():
@@ -350,7 +349,7 @@ def show(panels, columns=None, width=4.2, height=3.1, **more):
         axis.set(**panel)
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    if len(set(names)) > 1:
+    if several:
         figure.legend(loc="outside right center", fontsize=8)
     return figure
 

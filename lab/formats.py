@@ -40,17 +40,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 # their names tell the task
 FOLDERS = {"Anthropic/hh-rlhf": [f"Anthropic/hh-rlhf:{folder}" for folder in (
     "harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")]}
-TASK_WORDS = {
-    "harmless": "harmless",
-    "saferlhf": "harmless",
-    "helpful": "helpful",
-    "oasst": "helpful",
-    # the first word in a source's name gives its task
-    "summar": "summary",
-    "tldr": "summary"}
-ROLES = {
-    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant",
-    "assistant": "assistant", "system": "system"}
+# the first word in a source's name gives its task
+TASK_WORDS = {"harmless": "harmless", "saferlhf": "harmless", "helpful": "helpful",
+              "oasst": "helpful", "summar": "summary", "tldr": "summary"}
+ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant",
+         "assistant": "assistant", "system": "system"}
 SCORES, LABEL = ("chosen_score_list", "rejected_score_list"), "judge_label"
 NUMBERS = ("mean preference difference", "std preference difference", "margin", "gold_chosen",
            "gold_rejected")

@@ -20,8 +20,7 @@ FLAGS = ["--round", 1, "--limit", STEPS, "--eta", ETA, "--batch_size", N, "--met
 
 def reference(out, eta=ETA):
     """Algorithm 1 with stock transformers, one right-padded row per response, torch's AdamW and
-    clip_grad_norm_.
-    Only the order of the data is taken from the project."""
+    clip_grad_norm_. Only the order of the data is taken from the project."""
     tokenizer = AutoTokenizer.from_pretrained(out / "01_sft")
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(out / "01_sft", num_labels=1,
@@ -119,9 +118,8 @@ def test_eta_matters(run_copy):
 
 def test_equation_17():
     """Eqs. 15 to 17, by Taylor (Eq. 16): dL(theta + eta dJ) - dL is Eq. 17's term with dJ held
-    fixed
-    up to O(eta^2): halving eta quarters the error (float64). The whole derivative is another one.
-    This also settles Eq. 17's missing eta, and that Eq. 15's Jacobian is not applied."""
+    fixed up to O(eta^2): halving eta quarters the error (float64). The whole derivative is another
+    one. This also settles Eq. 17's missing eta, and that Eq. 15's Jacobian is not applied."""
     metarm = import_module("07_metarm")
     generator = torch.Generator().manual_seed(0)
     x_t, x_s = (torch.randn(8, k, 5, generator=generator, dtype=torch.float64) for k in (2, 4))

@@ -74,8 +74,7 @@ def tiny_llama(tmp_path_factory):
 
 def test_the_paper_preset_runs_end_to_end(tiny_llama, tmp_path):
     """Its precision, ZeRO stages, gradient checkpointing and accumulation; in one process, the
-    launcher has tests of its
-    own."""
+    launcher has tests of its own."""
     out = tmp_path / "out"
     python_stages([
         "00_data", "--preset", "paper", "--limit", 2, "--model", tiny_llama, "--preferences", "toy",
