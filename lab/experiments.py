@@ -58,7 +58,7 @@ def pipeline(rounds, M=10):
         *rounds_of(rounds),
         (["08_evaluate"], "win / tie / lose of every policy (Tables 2 and 3)", 18,
          "08_evaluate.py"),
-        (["09_report"], "the figures and tables on one page", 24, "09_report.py")]
+        (["09_report"], "the figures and tables on one page", 8, "09_report.py")]
 
 
 # ---------------------------------------------------------------- what run_all.sh is to do
