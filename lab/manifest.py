@@ -76,7 +76,8 @@ def input_hashes(out, inputs):
     paths = ["run.json"] * any(not os.path.isabs(name) for name in inputs)
     for name in inputs:
         made = [] if os.path.isabs(name) else read_json(maker(out, name))["outputs"]
-        paths += [p for p in made if p == name or p.startswith(f"{name}/") and "metrics" not in p]
+        paths += [p for p in made if p == name or p.startswith(f"{name}/") and
+                  not p.endswith("/metrics.jsonl")]
         paths += [name] * os.path.isabs(name)
     hashes = {path: hash_now(out, path) for path in paths}
     if missing := [path for path, value in hashes.items() if value is None]:
