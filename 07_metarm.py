@@ -72,6 +72,12 @@ def all_differences(rewards):
     return (rewards[:, i] - rewards[:, j]).abs()
 
 
+def held_back(rewards):
+    """What held_back.json has of rewards [m, k]: those, Figure 16's differences, J of each."""
+    return {"rewards": rewards.tolist(), "differences": all_differences(rewards).tolist(),
+            "J": [round(difference_loss(r[None]).item(), 6) for r in rewards]}
+
+
 def vanilla_loss(rewards):
     """Eq. 10: L = -log sigma(r_c - r_r), mean over pairs. rewards: [n, 2] → scalar."""
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
@@ -215,8 +221,7 @@ def sample_meta(args, policy_dir, rows, run, tokenizer):
 
 def main(argv=None):
     def add_flags(flag):
-        flag("--round", type=int, default=1, help="r >= 1: samples come from 06_ppo/round_{r-1} "
-             "(default 1)")
+        flag("--round", type=int, default=1, help="r >= 1: samples of 06_ppo/round_{r-1} (1)")
         flag("--name", help="name of the output directory (default: round_R)")
     args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
     r = args.round
@@ -265,10 +270,8 @@ def main(argv=None):
     rm.save(run.dir)
     rewards["vanilla"] = common.score_by(vanilla, held, args, tokenizer)
     if common.rank() == 0:
-        common.write_text(run.dir / "held_back.json", json.dumps({name: {
-            "rewards": x.tolist(), "differences": all_differences(x).tolist(),
-            "J": [round(difference_loss(row[None]).item(), 6) for row in x]}
-            for name, x in rewards.items()}) + "\n")
+        found = {name: held_back(x) for name, x in rewards.items()}
+        common.write_text(run.dir / "held_back.json", json.dumps(found) + "\n")
         if args.equation_17:
             found = measure_equation_17(args, vanilla, pairs, groups, tokenizer)
             common.write_text(run.dir / "equation_17.json", json.dumps(found) + "\n")
