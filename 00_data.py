@@ -9,9 +9,10 @@ stages read what is written here:
     prompts.jsonl            {"id", "prompt", "task"}: PPO's, each prompt once
     eval_TASK.jsonl ood_TASK.jsonl   {"id", "prompt", "task"}: prompts for stage 08
 
-Texts are as the model reads them: a prompt ends in "\\n\\nAssistant:" and a response is " text",
-one leading space (under a chat template: the template's generation prompt, and "text"). White
-space around a response goes, all else stays. run.json is written last, by this stage only.
+Texts are as the model reads them. Where --model has a chat template, prompt + response + the `end`
+of run.json is what the template writes for the whole dialogue (a template that asks for the date is
+told `day`); else a prompt ends in "\\n\\nAssistant:" and a response is " text", one leading space,
+without the white space around it, and EOS follows. run.json is written last, by this stage only.
 
 Departures from the paper: (1) the 10 % for validation are whole prompts, so none is on both sides,
 and prompts with judge labels go there first; (2) SFT and PPO take the training split's chosen
@@ -22,25 +23,27 @@ its last turn.
     python 00_data.py --preset paper                                     # Llama-2-7B on HH-RLHF
     python 00_data.py --preferences my_helpful.jsonl my_harmless.parquet --sft my_sft.jsonl.gz
 """
+import os
 import random
 import sys
 from collections import Counter
 from pathlib import Path
 
 import common
-from lab import formats
+from lab import base_model, formats, sources
 from lab.formats import LABEL, TOY
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # of a base model; 01 reads them
 HPARAMS = {
-    # name: (paper, toy, help)
-    "n_pairs": (0, 3000, "preference pairs made by the embedded world; 0 where it is unused"),
-    "n_sft": (0, 4000, "SFT examples made by the embedded world"),
-    "n_prompts": (0, 1000, "PPO prompts made by the embedded world, before equal ones are dropped"),
-    "n_eval": (100, 200, "prompts per evaluation set"),
-    "valid_fraction": (0.1, 0.1, "share of the pairs held out for validation, by prompt"),
-    "max_prompt_tokens": (1024, 80, "later stages cut prompts to this, on the left"),
-    "max_response_tokens": (512, 48, "later stages cut responses to this, EOS included"),
+    # name: (paper, small, toy, help)
+    "n_pairs": (0, 0, 3000, "preference pairs made by the embedded world; 0 where it is unused"),
+    "n_sft": (0, 0, 4000, "SFT examples made by the embedded world"),
+    "n_prompts": (0, 0, 1000, "PPO prompts made by the embedded world, before equal ones are "
+                  "dropped"),
+    "n_eval": (100, 100, 200, "prompts per evaluation set"),
+    "valid_fraction": (0.1, 0.1, 0.1, "share of the pairs held out for validation, by prompt"),
+    "max_prompt_tokens": (1024, 512, 80, "later stages cut prompts to this, on the left"),
+    "max_response_tokens": (512, 256, 48, "later stages cut responses to this, EOS included"),
 }
 
 
@@ -71,16 +74,19 @@ def subset(rows, n, seed):
 
 
 def add_flags(flag):
-    flag("--model", help="base model: tiny (made by 01), a hub id or a path (paper "
-         "meta-llama/Llama-2-7b-hf, toy tiny)")
+    flag("--model", help="base model: tiny (made by 01), a hub id or a path (default: tiny; paper "
+         "meta-llama/Llama-2-7b-hf, small HuggingFaceTB/SmolLM2-135M-Instruct)")
     flag("--preferences", nargs="+", metavar="SOURCE",
-         help="preference pairs (paper Anthropic/hh-rlhf, toy toy)")
+         help="preference pairs (default: toy; paper Anthropic/hh-rlhf)")
     flag("--sft", nargs="+", metavar="SOURCE",
          help="SFT examples (default: the chosen responses; toy: its own)")
     flag("--prompts", nargs="+", metavar="SOURCE",
          help="PPO prompts (default: the training pairs'; toy: its own)")
     flag("--ood_prompts", nargs="+", metavar="SOURCE",
          help="prompts for the evaluation out of distribution")
+    flag("--template", choices=("auto", "hh", "none"), default="auto", help="how dialogues become "
+         "text: by --model's chat template where it has one (auto), in HH form, or strings as they "
+         "are, nothing added (none)")
     flag("--skip_bad_rows", action="store_true",
          help="count rows that cannot be read instead of stopping")
 
@@ -90,16 +96,19 @@ def parse(argv=None):
     args = common.parse_args(f"{__doc__}\n{formats.__doc__}", HPARAMS, add_flags, argv,
                              reads_run=False)
     paper = args.preset == "paper"
-    args.model = args.model or ("meta-llama/Llama-2-7b-hf" if paper else "tiny")
+    args.model = args.model or {
+        "paper": "meta-llama/Llama-2-7b-hf", "small": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "toy": "tiny"}[args.preset]
     args.preferences = args.preferences or ["Anthropic/hh-rlhf" if paper else "toy"]
     args.sources = [s for given in (args.preferences, args.sft, args.prompts, args.ood_prompts)
                     for s in given or ()]
-    formats.check_sources(args.sources)
+    sources.check(args.sources)
+    args.model = os.path.abspath(args.model) if Path(args.model).is_dir() else args.model
     if not 0 < args.valid_fraction < 1:
         common.die("--valid_fraction must lie between 0 and 1")
     for name in ("n_pairs", "n_sft", "n_prompts"):
-        if set(TOY) & set(args.sources):  # the paper's column has no sizes for the embedded world
-            args.hparams[name] = getattr(args, name) or HPARAMS[name][1]
+        if set(TOY) & set(args.sources):  # other columns have no sizes for the embedded world
+            args.hparams[name] = getattr(args, name) or HPARAMS[name][2]
             setattr(args, name, args.hparams[name])
     return args
 
@@ -108,7 +117,7 @@ def run_values(args):
     """What run.json keeps of the flags for the later stages."""
     return {key: getattr(args, key) for key in (
         "preset", "model", "seed", "limit", "preferences", "sft", "prompts", "ood_prompts",
-        "max_prompt_tokens", "max_response_tokens")}
+        "max_prompt_tokens", "max_response_tokens", "template")}
 
 
 def read_sources(args):
@@ -139,8 +148,9 @@ def main(argv=None):
     args = parse(argv)
     if common.rank() > 0:
         sys.exit(0)
+    base_model.check(args)
     model = [] if args.model == "tiny" else common.user_files(args.model)
-    own = [path for s in args.sources if Path(s).is_file() for path in common.user_files(s)]
+    own = [path for s in args.sources for path in sources.files(s)]
     run = common.begin(args, "00_data", own + [p for p in model if not p.endswith(WEIGHTS)])
     rows, counts = read_sources(args)
     splits = {name: rows[name] for name in ("train", "valid")}
@@ -171,7 +181,10 @@ def main(argv=None):
                    f", {cut[name]} cut by --limit" * bool(cut[name]))
     tasks = [name[5:] for name in splits if name.startswith("eval_")]
     world = "toy" if set(args.preferences) <= set(TOY) else None  # gold is known
-    run.finish(run=run_values(args) | {"world": world, "tasks": tasks}, **counts.pop("pairs"),
+    style = formats.style_of(args.model, args.template)
+    values = run_values(args) | {"world": world, "tasks": tasks} | {
+        key: getattr(style, key) for key in ("form", "end", "lead", "day")}
+    run.finish(run=values, **counts.pop("pairs"),
                other_sources=counts, cut_by_limit=cut,
                rows={name: len(split) for name, split in splits.items()})
 

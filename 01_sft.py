@@ -21,17 +21,17 @@ import transformers
 import common
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "epochs": (1.0, 4.0, "passes over the data"),
-    "batch_size": (32, 16, "global batch, in examples"),
-    "micro_batch_size": (4, 16, "examples per process and forward pass"),
-    "eval_batch_size": (8, 64, "examples per process when evaluating"),
-    "lr": (2e-5, 5e-3, "peak learning rate"),
-    "warmup": (0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 500, "steps between evaluations"),
-    "vocab_size": (0, 2048, "size of the trained tokenizer, --model tiny only"),
-    "hidden_size": (0, 112, "--model tiny only"),
-    "layers": (0, 2, "--model tiny only"),
+    # name: (paper, small, toy, help)
+    "epochs": (1.0, 1.0, 4.0, "passes over the data"),
+    "batch_size": (32, 16, 16, "global batch, in examples"),
+    "micro_batch_size": (4, 4, 16, "examples per process and forward pass"),
+    "eval_batch_size": (8, 8, 64, "examples per process when evaluating"),
+    "lr": (2e-5, 1e-5, 5e-3, "peak learning rate"),
+    "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
+    "eval_every": (500, 20, 500, "steps between evaluations"),
+    "vocab_size": (0, 0, 2048, "size of the trained tokenizer, --model tiny only"),
+    "hidden_size": (0, 0, 112, "--model tiny only"),
+    "layers": (0, 0, 2, "--model tiny only"),
     **common.TRAINING,
 }
 
@@ -62,10 +62,10 @@ def tiny_llama(args, tokenizer):
 
 def load_base(args, rows):
     """(model, tokenizer) to start from: made here for `tiny`, else from a local path or hub id."""
-    name, run = args.run["model"], args.run
+    name = args.run["model"]
     if name == "tiny":
-        for size in ("vocab_size", "hidden_size", "layers"):  # the paper's column has none
-            setattr(args, size, getattr(args, size) or HPARAMS[size][1])
+        for size in ("vocab_size", "hidden_size", "layers"):  # the other columns have none
+            setattr(args, size, getattr(args, size) or HPARAMS[size][2])
         tokenizer = train_tokenizer((row["prompt"] + row["response"] for row in rows),
                                     args.vocab_size)
         return tiny_llama(args, tokenizer), tokenizer
@@ -73,22 +73,15 @@ def load_base(args, rows):
         model, tokenizer = common.load_policy(name, args), common.load_tokenizer(name)
     except (OSError, ValueError) as error:
         common.die(f"cannot load --model {name}: {str(error).splitlines()[0]}")
-    if tokenizer.eos_token is None:
-        common.die(f"the tokenizer of {name} has no EOS token: every response must end in one")
-    embeddings = model.get_input_embeddings().num_embeddings
-    if max(tokenizer.get_vocab().values()) >= embeddings:
-        common.die(f"the tokenizer of {name} has a larger vocabulary than the model's {embeddings} "
-                   "embeddings: they do not belong together")
-    context = getattr(model.config, "max_position_embeddings", None)
-    needed = run["max_prompt_tokens"] + run["max_response_tokens"]
-    if context and needed > context:
-        common.die(f"{name} reads {context} tokens, a prompt and its response may have {needed}: "
-                   "run 00_data.py with a smaller --max_prompt_tokens or --max_response_tokens")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if len(tokenizer) > embeddings:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+           for name in ("bos", "eos", "pad")}
+    model.config.update(ids)
+    # beams, suppressed tokens, min_p of the base's would shape every sample, or cannot be saved
+    model.generation_config = transformers.GenerationConfig(**ids)
     return model, tokenizer
 
 
@@ -127,13 +120,17 @@ def main(argv=None):
     pad_id = tokenizer.pad_token_id
     common.log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary "
                f"{len(tokenizer)}")
-    groups = common.encode(tokenizer, rows, ["response"], args.run)
+    policy_end, end = common.endings(tokenizer, args.run)  # the policy learns to say EOS last
+    groups = [{**g, "responses": [r[:len(r) - len(end)] + policy_end for r in g["responses"]]}
+              for g in common.encode(tokenizer, rows, ["response"], args.run)]
     valid, train = groups[::50], [g for i, g in enumerate(groups) if i % 50] or groups
     steps = common.steps_for(args, len(train))
     engine = common.make_engine(model, args, args.batch_size, args.lr, steps)
 
     if not run.done:
-        run.log(0, valid_perplexity=perplexity(engine, valid, args, pad_id))
+        common.save_model(engine, run.dir, tokenizer)  # what cannot be saved fails now
+        run.state["start"] = perplexity(engine, valid, args, pad_id)
+        run.log(0, valid_perplexity=run.state["start"])
     batches = common.batches(train, args.batch_size, steps, args.seed)
     for step, batch in run.steps(batches, sft=engine):
         micros = common.micro_batches(batch, args.micro_batch_size)
@@ -143,9 +140,14 @@ def main(argv=None):
             loss = total * common.world_size() * len(micros) / tokens
             engine.backward(loss)
             run.note(loss=loss, grad_norm=common.step(engine))
-        if run.due(step):
+        early = step in (3, 6, 12) and args.run["model"] != "tiny"  # a base harmed is seen at once
+        if run.due(step) or early:
             valid_perplexity = perplexity(engine, valid, args, pad_id)
             run.log(step, valid_perplexity=valid_perplexity)
+            if valid_perplexity > 2 * run.state["start"]:
+                common.log(f"warning: perplexity {valid_perplexity:.1f} on held-out responses, more"
+                           f" than twice the {run.state['start']:.1f} at the start: stop here and "
+                           "try a smaller --lr, or 00_data.py with another --preset")
 
     common.save_model(engine, run.dir, tokenizer)
     sample(engine, tokenizer, train, run)

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 import common
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "M": (10, 10, "reward models in the ensemble"),
-    "epochs": (1.0, 1.0, "passes over the preferences"),
-    "batch_size": (32, 32, "global batch, in pairs"),
-    "micro_batch_size": (2, 32, "pairs per process and forward pass"),
-    "eval_batch_size": (8, 64, "pairs per process when evaluating"),
-    "lr": (5e-6, 1e-3, "peak learning rate"),
-    "warmup": (0.1, 0.1, "share of the steps with rising learning rate"),
+    # name: (paper, small, toy, help)
+    "M": (10, 10, 10, "reward models in the ensemble"),
+    "epochs": (1.0, 1.0, 1.0, "passes over the preferences"),
+    "batch_size": (32, 16, 32, "global batch, in pairs"),
+    "micro_batch_size": (2, 4, 32, "pairs per process and forward pass"),
+    "eval_batch_size": (8, 8, 64, "pairs per process when evaluating"),
+    "lr": (5e-6, 2e-5, 1e-3, "peak learning rate"),
+    "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
     **common.TRAINING,
 }
 INPUTS = ["00_data/train.jsonl", "00_data/valid.jsonl", "01_sft"]

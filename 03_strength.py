@@ -24,11 +24,11 @@ import torch
 import common
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "M": (10, 10, "reward models in the ensemble"),
-    "groups": (20, 20, "groups of Figure 2, by ascending strength"),
-    "group_size": (500, 50, "validation pairs in a group of Figure 3"),
-    "eval_batch_size": (8, 64, "pairs per process and forward pass"),
+    # name: (paper, small, toy, help)
+    "M": (10, 10, 10, "reward models in the ensemble"),
+    "groups": (20, 20, 20, "groups of Figure 2, by ascending strength"),
+    "group_size": (500, 100, 50, "validation pairs in a group of Figure 3"),
+    "eval_batch_size": (8, 8, 64, "pairs per process and forward pass"),
     "precision": common.TRAINING["precision"],
 }
 MEAN, STD = "mean preference difference", "std preference difference"

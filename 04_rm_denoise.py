@@ -29,14 +29,14 @@ import torch.nn.functional as F
 import common
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "epochs": (1.0, 1.0, "passes over the preferences"),
-    "batch_size": (32, 32, "global batch, in pairs"),
-    "micro_batch_size": (2, 32, "pairs per process and forward pass"),
-    "eval_batch_size": (8, 64, "pairs per process when evaluating"),
-    "lr": (5e-6, 1e-3, "peak learning rate"),
-    "warmup": (0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 25, "steps between evaluations on the three validation sets"),
+    # name: (paper, small, toy, help)
+    "epochs": (1.0, 1.0, 1.0, "passes over the preferences"),
+    "batch_size": (32, 16, 32, "global batch, in pairs"),
+    "micro_batch_size": (2, 4, 32, "pairs per process and forward pass"),
+    "eval_batch_size": (8, 8, 64, "pairs per process when evaluating"),
+    "lr": (5e-6, 2e-5, 1e-3, "peak learning rate"),
+    "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
+    "eval_every": (500, 50, 25, "steps between evaluations on the three validation sets"),
     **common.TRAINING,
 }
 METHODS = {

@@ -28,30 +28,30 @@ import common
 from lab import judges
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "iterations": (2000, 30, "roll-out steps"),
-    "batch_size": (32, 16, "prompts per roll-out step, global"),
-    "rollouts": (4, 4, "K, responses per prompt"),
-    "ppo_epochs": (1, 1, "passes over each step's roll-outs"),
-    "minibatch_size": (32, 8, "prompts per optimiser step, global"),
-    "micro_batch_size": (1, 8, "prompts (with their roll-outs) per process and forward pass"),
-    "actor_lr": (5e-7, 1e-4, "learning rate of the policy"),
-    "critic_lr": (1.5e-6, 1e-3, "learning rate of the critic"),
-    "warmup": (0.0, 0.0, "share of the steps with rising learning rate"),
-    "kl_beta": (0.05, 0.05, "weight of the per-token KL penalty; 0 turns it off"),
-    "reward_clip": (0.8, 0.8, "standardised scores are clipped at +- this"),
-    "missing_eos_penalty": (1.0, 1.0, "taken off the clipped score of a response that was cut"),
-    "gamma": (1.0, 1.0, "GAE gamma"),
-    "lam": (0.95, 0.95, "GAE lambda"),
-    "clip": (0.2, 0.2, "policy ratio clip"),
-    "value_clip": (0.2, 0.2, "value clip"),
-    "temperature": (0.8, 1.0, "sampling temperature"),
-    "top_p": (0.9, 1.0, "nucleus sampling"),
-    "repetition_penalty": (1.1, 1.0, "of sampling"),
-    "generate_batch_size": (4, 16, "prompts per process and call of generate"),
-    "eval_every": (100, 10, "steps between samples of the same ten prompts"),
+    # name: (paper, small, toy, help)
+    "iterations": (2000, 100, 30, "roll-out steps"),
+    "batch_size": (32, 16, 16, "prompts per roll-out step, global"),
+    "rollouts": (16, 4, 4, "K, responses per prompt"),
+    "ppo_epochs": (1, 1, 1, "passes over each step's roll-outs"),
+    "minibatch_size": (32, 8, 8, "prompts per optimiser step, global"),
+    "micro_batch_size": (1, 2, 8, "prompts (with their roll-outs) per process and forward pass"),
+    "actor_lr": (5e-7, 1e-6, 1e-4, "learning rate of the policy"),
+    "critic_lr": (1.5e-6, 5e-6, 1e-3, "learning rate of the critic"),
+    "warmup": (0.0, 0.0, 0.0, "share of the steps with rising learning rate"),
+    "kl_beta": (0.05, 0.05, 0.05, "weight of the per-token KL penalty; 0 turns it off"),
+    "reward_clip": (0.8, 0.8, 0.8, "standardised scores are clipped at +- this"),
+    "missing_eos_penalty": (1.0, 1.0, 1.0, "taken off the clipped score of a cut response"),
+    "gamma": (1.0, 1.0, 1.0, "GAE gamma"),
+    "lam": (0.95, 0.95, 0.95, "GAE lambda"),
+    "clip": (0.2, 0.2, 0.2, "policy ratio clip"),
+    "value_clip": (0.2, 0.2, 0.2, "value clip"),
+    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
+    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
+    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
+    "generate_batch_size": (4, 16, 16, "prompts per process and call of generate"),
+    "eval_every": (100, 20, 10, "steps between samples of the same ten prompts"),
     **common.TRAINING,
-    "zero": (3, 0, "DeepSpeed ZeRO stage"),
+    "zero": (3, 0, 0, "DeepSpeed ZeRO stage"),
 }
 
 
@@ -148,8 +148,7 @@ def load_models(args, start, rm, iterations, prompts):
     def both(batch):  # rewards and mean log-probabilities: both models must take the layout
         logps = common.token_logps(common.response_logits(reference, batch), batch["response_ids"])
         return reward_model(batch)[0] + (batch["mask"] * logps).sum(-1) / batch["mask"].sum(-1)
-    layout = common.choose_layout(args, both, probe)
-    return (actor, critic, reference, reward_model), layout
+    return (actor, critic, reference, reward_model), common.choose_layout(args, both, probe)
 
 
 def make_experience(groups, models, args, tokenizer, layout, reward_fn=None):
@@ -157,7 +156,8 @@ def make_experience(groups, models, args, tokenizer, layout, reward_fn=None):
     actor, critic, reference, reward_model = models
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     batch = common.collate(groups, pad, layout)
-    full = [{**g, "responses": common.end_in_eos(g["responses"], eos)} for g in groups]
+    full = [g | {"responses": common.for_reward(g["responses"], tokenizer, args.run)}
+            for g in groups]
     with common.inference(args):
         ids = batch["response_ids"]
         logps = common.token_logps(common.response_logits(actor, batch), ids, args.temperature)

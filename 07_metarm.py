@@ -33,27 +33,27 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "eta": (0.01, 0.1, "step size eta of the meta ascent, Eq. 12"),
-    "k": (4, 4, "responses sampled per prompt"),
-    "meta_batch_size": (32, 16, "m, prompts of X_s in a step, global"),
-    "meta_prompts": (2000, 320, "prompts sampled; a tenth is held back to measure J"),
-    "epochs": (1.0, 1.0, "passes over the preferences"),
-    "batch_size": (32, 32, "n, pairs of X_t in a step, global"),
-    "micro_batch_size": (2, 32, "pairs or meta groups per process and forward pass"),
-    "eval_batch_size": (8, 64, "groups per process when evaluating"),
-    "lr": (5e-6, 1e-3, "alpha, peak learning rate"),
-    "warmup": (0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 25, "steps between evaluations"),
-    "equation_17": (0, 6, "batches of four on which Eq. 17 is measured, with second derivatives"),
-    "temperature": (0.8, 1.0, "sampling temperature"),
-    "top_p": (0.9, 1.0, "nucleus sampling"),
-    "repetition_penalty": (1.1, 1.0, "of sampling"),
-    "generate_batch_size": (4, 64, "prompts per process and call of generate"),
+    # name: (paper, small, toy, help)
+    "eta": (5e-6, 5e-6, 0.1, "step size eta of the meta ascent, Eq. 12"),
+    "k": (5, 4, 4, "responses sampled per prompt"),
+    "meta_batch_size": (16, 16, 16, "m, prompts of X_s in a step, global"),
+    "meta_prompts": (2000, 320, 320, "prompts sampled; a tenth is held back to measure J"),
+    "epochs": (1.0, 1.0, 1.0, "passes over the preferences"),
+    "batch_size": (16, 16, 32, "n, pairs of X_t in a step, global"),
+    "micro_batch_size": (2, 4, 32, "pairs or meta groups per process and forward pass"),
+    "eval_batch_size": (8, 8, 64, "groups per process when evaluating"),
+    "lr": (5e-6, 2e-5, 1e-3, "alpha, peak learning rate"),
+    "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
+    "eval_every": (500, 50, 25, "steps between evaluations"),
+    "equation_17": (0, 0, 6, "batches of four to measure Eq. 17 on (second derivatives)"),
+    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
+    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
+    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
+    "generate_batch_size": (4, 16, 64, "prompts per process and call of generate"),
     **common.TRAINING,
-    "zero": (3, 0, "DeepSpeed ZeRO stage"),
+    "zero": (3, 0, 0, "DeepSpeed ZeRO stage"),
     # bf16 parameters swallow the shift: at eta = 1e-3 only 1.5 % of theta' would differ from theta
-    "precision": ("autocast", "fp32", "autocast keeps parameters in fp32; bf16 swallows small eta"),
+    "precision": ("autocast", "autocast", "fp32", "autocast keeps parameters in fp32"),
 }
 
 
@@ -215,7 +215,7 @@ def sample_meta(args, policy_dir, rows, run, tokenizer):
                 {"id": row["id"], "prompt": row["prompt"], "response_ids": r,
                  "responses": tokenizer.batch_decode(r, skip_special_tokens=True)}
                 for row, r in zip(rows, responses)])
-    return [{**g, "responses": common.end_in_eos(r, tokenizer.eos_token_id)}
+    return [{**g, "responses": common.for_reward(r, tokenizer, args.run)}
             for g, r in zip(groups, responses)]
 
 

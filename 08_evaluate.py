@@ -27,14 +27,14 @@ import common
 from lab import judges
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "prompts": (100, 200, "prompts per task and distribution, at most"),
-    "M": (10, 10, "reward models of --judge ensemble"),
-    "temperature": (0.8, 1.0, "sampling temperature"),
-    "top_p": (0.9, 1.0, "nucleus sampling"),
-    "repetition_penalty": (1.1, 1.0, "of sampling"),
-    "generate_batch_size": (16, 100, "prompts per process and call of generate"),
-    "eval_batch_size": (8, 64, "responses per process and forward pass of a judging model"),
+    # name: (paper, small, toy, help)
+    "prompts": (100, 50, 200, "prompts per task and distribution, at most"),
+    "M": (10, 10, 10, "reward models of --judge ensemble"),
+    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
+    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
+    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
+    "generate_batch_size": (16, 16, 100, "prompts per process and call of generate"),
+    "eval_batch_size": (8, 16, 64, "responses per process and forward pass of a judging model"),
     "precision": common.TRAINING["precision"],
 }
 OPPONENTS = ("sft", "round_0", "baseline")

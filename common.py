@@ -1,5 +1,4 @@
-"""What every stage needs: groups and batches, models, engines, scoring, generation; and, handed on
-from lab.record, the record of a run.
+"""What every stage needs: groups, models, engines, scoring, generation, the record of a run.
 
 Letters of shape comments: B groups, K responses per group, T response tokens (EOS included), R
 rows, L columns of a row, H hidden size, V vocabulary, M models, N pairs.
@@ -24,30 +23,50 @@ import transformers
 DTYPE = {"fp32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}  # of parameters
 LABELS = ("margin", "smoothing")  # of a pair: mu_hat of Eq. 6, alpha of Eq. 5
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickles, no code with a model
-# ---------------------------------------------------------------- groups and batches
-def encode(tokenizer, rows, keys, run):
-    """Rows of text → groups. Prompts are cut on the left, responses on the right, EOS is forced.
+load_tokenizer = partial(transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
 
-    rows: dicts with "prompt" and the texts named by `keys` (a text or a list of texts each). Where
+# ---------------------------------------------------------------- groups and batches
+def endings(tokenizer, run):
+    """Ids that end a response: a policy's, up to the EOS that it is to say; and as a reward model
+    reads it, what the chat template ends it in ("<|im_end|>\\n"); without one, EOS for both."""
+    eos = tokenizer.eos_token_id
+    end = tokenizer(run["end"], add_special_tokens=False)["input_ids"] \
+        if run.get("form") == "chat" else [eos]
+    return end[:end.index(eos) + 1] if eos in end else end + [eos], end
+
+
+def for_reward(responses, tokenizer, run):
+    """A policy's responses as a reward model reads them: ended as in `encode`, cut ones too."""
+    policy, end = endings(tokenizer, run)
+    bare = (r[:-len(policy)] if r[-len(policy):] == policy else
+            r[:-1] if r[-1] == policy[-1] else r for r in responses)
+    return [r + end or policy for r in bare]
+
+
+def encode(tokenizer, rows, keys, run):
+    """Rows with "prompt" and the texts named by `keys` (a text or a list of texts each) → groups.
+    Prompts are cut on the left, responses on the right, before what ends each (`endings`). Where
     prompt + response tokenized whole begins with the prompt's own tokens (nearly always) the ids
     are those of stock tools; otherwise the response is tokenized by itself."""
-    eos = tokenizer.eos_token_id
-    owner = [(i, text) for i, row in enumerate(rows) for key in keys
+    eos, chat, (_, end) = tokenizer.eos_token_id, run.get("form") == "chat", endings(tokenizer, run)
+    owner = [(i, text + run.get("end", "")) for i, row in enumerate(rows) for key in keys
              for text in (row[key] if isinstance(row[key], list) else [row[key]])]
-    texts = [row["prompt"] for row in rows] + [rows[i]["prompt"] + text for i, text in owner]
+    texts = [r["prompt"] for r in rows] + [rows[i]["prompt"] + text for i, text in owner]
     whole, bare = (tokenizer("a", add_special_tokens=x)["input_ids"] for x in (True, False))
-    bos = whole[:whole.index(bare[0])]  # OPT's is its EOS token
-    ids = [t[:-1] if len(t) > len(bos) and t[-1] == eos else t
-           for t in tokenizer(texts)["input_ids"]] if texts else []
-    prompts, groups = ids[:len(rows)], []
+    bos = [] if chat else whole[:whole.index(bare[0])]  # OPT's is its EOS token
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    prompts, groups, T = ids[:len(rows)], [], run["max_response_tokens"]
     for row, prompt in zip(rows, prompts):
-        cut = prompt[len(bos):][-(run["max_prompt_tokens"] - len(bos)):]
-        groups.append({"id": row["id"], "prompt": bos + cut or [eos], "responses": []})
+        n = int(chat and prompt[:1] == [tokenizer.bos_token_id])  # templates may write BOS
+        kept = bos + prompt[:n] + prompt[n:][-(run["max_prompt_tokens"] - n - len(bos)):]
+        groups.append({"id": row["id"], "prompt": kept or [eos], "responses": []})
     for (i, text), whole in zip(owner, ids[len(rows):]):
         n = len(prompts[i])
         response = whole[n:] if whole[:n] == prompts[i] else \
             tokenizer(text, add_special_tokens=False)["input_ids"]
-        groups[i]["responses"].append(response[:run["max_response_tokens"] - 1] + [eos])
+        if not chat or len(response) > T:
+            response = response[:T - len(end)] + end
+        groups[i]["responses"].append(response)
     return groups
 
 
@@ -55,19 +74,13 @@ def encode_pairs(tokenizer, rows, run):
     """Preference rows → (rows kept, their groups: chosen first, with the row's `margin` and
     `smoothing`); pairs equal after truncation are dropped and counted."""
     groups = encode(tokenizer, rows, ("chosen", "rejected"), run)
-    keep = [i for i, g in enumerate(groups) if g["responses"][0] != g["responses"][1]]
-    if len(keep) < len(rows):
-        log(f"dropped {len(rows) - len(keep)} of {len(rows)} pairs: equal after truncation")
-    if rows and not keep:
+    kept = [(row, group | {name: row[name] for name in LABELS if name in row})
+            for row, group in zip(rows, groups) if group["responses"][0] != group["responses"][1]]
+    if len(kept) < len(rows):
+        log(f"dropped {len(rows) - len(kept)} of {len(rows)} pairs: equal after truncation")
+    if rows and not kept:
         die("no pair is left: give 00_data.py a larger --max_response_tokens")
-    for row, group in zip(rows, groups):
-        group |= {name: row[name] for name in LABELS if name in row}
-    return [rows[i] for i in keep], [groups[i] for i in keep]
-
-
-def end_in_eos(responses, eos):
-    """The same responses, each ending in EOS: where the reward model reads."""
-    return [r if r[-1] == eos else r + [eos] for r in responses]
+    return tuple(map(list, zip(*kept))) or ([], [])
 
 
 def group_length(group):
@@ -123,8 +136,8 @@ def collate(groups, pad_id, layout="shared"):
     last = [row * L + start + len(r) - 1 for (row, start, _), r in zip(starts, flat)]
     batch["last_index"] = torch.tensor(last).view(shape[:2])
     batch |= {name: torch.tensor([g[name] for g in groups]) for name in LABELS if name in groups[0]}
-    batch = {k: v.to(device()) for k, v in batch.items()}
-    return batch | {"keep": L - min(len(g["prompt"]) for g in groups) + 1}
+    keep = L - min(len(g["prompt"]) for g in groups) + 1
+    return {k: v.to(device()) for k, v in batch.items()} | {"keep": keep}
 
 
 def batches(groups, batch_size, steps, seed, window=16):
@@ -148,13 +161,18 @@ def steps_for(args, rows):
     return min(steps, args.limit or steps)
 
 
-def micro_batches(batch, micro_batch_size):
-    """This rank's share of a global batch (every world_size-th group), in equal micro batches."""
-    mine = batch[rank()::world_size()]
-    size = min(micro_batch_size, len(mine))
-    if len(batch) % world_size() or len(mine) % size:
-        die(f"a batch of {len(batch)} does not split evenly over {world_size()} processes in "
+def micro_size(batch_size, most):
+    """Size of the equal micro batches, `most` or less, of a rank's share of a global batch."""
+    size = min(most, mine := batch_size // world_size())
+    if not size or batch_size % world_size() or mine % size:
+        die(f"a batch of {batch_size} does not split evenly over {world_size()} processes in "
             f"micro batches of {size}")
+    return size
+
+
+def micro_batches(batch, most):
+    """This rank's share of a global batch (every world_size-th group), in equal micro batches."""
+    mine, size = batch[rank()::world_size()], micro_size(len(batch), most)
     return [mine[i:i + size] for i in range(0, len(mine), size)]
 
 
@@ -202,12 +220,6 @@ def token_logps(logits, ids, temperature=1.0):
     return F.log_softmax(logits / temperature, -1).gather(-1, ids[..., None]).squeeze(-1)
 
 
-def load_tokenizer(path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    tokenizer.padding_side = "left"  # for generation; training batches are padded by `collate`
-    return tokenizer
-
-
 def load_config(path, kind, dropout=0.0):
     """Config with every dropout set to `dropout`. Stops when the checkpoint is not of a `kind`, for
     transformers would make the head that it lacks up."""
@@ -238,17 +250,12 @@ def load_reward_model(path, args, head_seed=None, dropout=0.0):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         path, config=config, dtype=DTYPE[args.precision], **SAFE)
     transformers.logging.set_verbosity_warning()
-    if not hasattr(model, "score"):
-        die(f"{path}: {config.model_type} has no `score` head: it cannot be a reward model here")
-    head = Float32Linear(model.score.in_features, 1, bias=False, dtype=DTYPE[args.precision])
-    with torch.no_grad():
-        if head_seed is None:
-            head.weight.copy_(model.score.weight)
-        else:
-            generator = torch.Generator().manual_seed(head_seed)
-            noise = torch.randn(head.weight.shape, generator=generator)
-            head.weight.copy_(noise / (head.in_features + 1) ** 0.5)
-    model.score = head
+    H, weight = model.score.in_features, model.score.weight.data
+    if head_seed is not None:
+        weight = torch.randn(1, H, generator=torch.Generator().manual_seed(head_seed))
+        weight /= (H + 1) ** 0.5
+    model.score = Float32Linear(H, 1, bias=False, dtype=DTYPE[args.precision])
+    model.score.weight.data.copy_(weight)
     return RewardModel(model)
 
 
@@ -269,10 +276,7 @@ def engine_config(args, micro_batch_size, accumulation):
 
 def make_engine(module, args, batch_size, lr, steps):
     """DeepSpeed engine with AdamW: linear warm-up over a share of the steps, linear decay to 0."""
-    micro = min(args.micro_batch_size, batch_size // world_size())
-    if not micro or batch_size % (micro * world_size()):
-        die(f"a batch of {batch_size} does not split evenly over {world_size()} processes in "
-            f"micro batches of {micro}")
+    micro = micro_size(batch_size, args.micro_batch_size)
     if args.gradient_checkpointing:
         inner = module.model if isinstance(module, RewardModel) else module
         inner.gradient_checkpointing_enable({"use_reentrant": False})
@@ -303,18 +307,15 @@ class RewardEngine:
         self.layout = choose_layout(args, lambda batch: self.engine(batch)[0], groups)
         self.engine.train()
         self.backward, self.step = self.engine.backward, partial(step, self.engine)
+        layout = {"pad_id": tokenizer.pad_token_id, "layout": self.layout}
+        self.collate = partial(collate, **layout)
+        self.score = partial(score, self.engine, args=args, **layout)
 
     def __call__(self, batch):
         return self.engine(batch)
 
-    def collate(self, groups):
-        return collate(groups, self.tokenizer.pad_token_id, self.layout)
-
     def micro_batches(self, batch):
         return map(self.collate, micro_batches(batch, self.args.micro_batch_size))
-
-    def score(self, groups):
-        return score(self.engine, groups, self.args, self.layout, self.tokenizer.pad_token_id)
 
     def save(self, path):
         """Write the checkpoint, and give the memory back for the next model of the launch."""
@@ -324,10 +325,9 @@ class RewardEngine:
 
 def frozen(module, args, shard=False):
     """A model for inference: the module on the device; with `shard`, at ZeRO-3, sharded."""
-    if not shard or args.zero < 3:
-        return module.to(device()).eval().requires_grad_(False)
     module = module.eval().requires_grad_(False)
-    return deepspeed.initialize(model=module, config=engine_config(args, 1, 1))[0]
+    return deepspeed.initialize(model=module, config=engine_config(args, 1, 1))[0] \
+        if shard and args.zero == 3 else module.to(device())
 
 
 def save_model(engine, path, tokenizer):
@@ -336,8 +336,9 @@ def save_model(engine, path, tokenizer):
     zero3 = getattr(engine, "zero_optimization_stage", int)() == 3
     state = engine._zero3_consolidated_16bit_state_dict() if zero3 else module.state_dict()
     if rank() == 0:
+        tokenizer.padding_side = "left"  # for generation
         if isinstance(module, RewardModel):
-            module = module.model
+            module, tokenizer.padding_side = module.model, "right"  # GPT-2's scores depend on it
             state = {k[len("model."):]: v for k, v in state.items() if k.startswith("model.")}
         module.config.pad_token_id = tokenizer.pad_token_id
         module.save_pretrained(path, state_dict=state)
@@ -410,8 +411,8 @@ def accuracies(rewards, rows):
 
 
 def whole_model(engine):
-    """The engine's model with all weights in place. At ZeRO-3 a plain copy, refreshed: the sharded
-    modules' hooks are collectives, and ranks whose samples differ in length would deadlock."""
+    """The engine's model with all weights. At ZeRO-3 a plain copy, refreshed: the sharded modules'
+    hooks are collectives, and ranks whose samples differ in length would deadlock."""
     module = getattr(engine, "module", engine)
     if getattr(engine, "zero_optimization_stage", int)() < 3:
         return module
@@ -437,7 +438,7 @@ def generate(engine, tokenizer, prompts, K, args, seed):
         for c in progress(range(rank(), len(chunks), world_size()), "sampling"):
             torch.manual_seed(seed * 100_003 + c)
             batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunks[c]]},
-                                  return_tensors="pt").to(device())
+                                  padding_side="left", return_tensors="pt").to(device())
             out = model.generate(
                 **{k: batch[k] for k in ("input_ids", "attention_mask")}, do_sample=True, top_k=0,
                 temperature=args.temperature, top_p=args.top_p, eos_token_id=eos, pad_token_id=pad,

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -24,6 +25,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
 HERE = Path(__file__).resolve().parents[1]
 locks = {}
+# hyperparameters that 0 would make meaningless, and those that are a share
+POSITIVE = {"epochs", "lr", "actor_lr", "critic_lr", "temperature", "top_p", "repetition_penalty",
+            "simcse_tau", "swav_tau", "epsilon", "reward_clip", "clip", "value_clip"}
+SHARES = {"warmup", "top_p", "gamma", "dropout", "valid_fraction"}
 
 
 # ---------------------------------------------------------------- processes
@@ -130,6 +135,15 @@ def die(message):
     if rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def check_value(name, value, row):
+    """Stop on a number that a hyperparameter cannot be meant to have. row: its columns."""
+    most, above = (1 if name in SHARES else math.inf), name in POSITIVE
+    least = {"k": 2, "freeze_prototypes": 0}.get(name, type(value) is int and 0 not in row[:3])
+    if not (least <= value <= most and value != math.inf and (value or not above)):
+        die(f"--{name} must be {'above' if above else 'at least'} {least:d}"
+            + " and at most 1" * (most == 1) + f", not {value}")
 
 
 def log(*parts, **more):

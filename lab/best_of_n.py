@@ -15,15 +15,15 @@ import common  # noqa: E402  (the project's root is on the path now)
 from lab import judges  # noqa: E402
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "n": (16, 64, "responses per prompt"),
-    "prompts": (100, 30, "prompts of each evaluation set"),
-    "M": (10, 10, "reward models of --judge ensemble"),
-    "temperature": (0.8, 1.0, "sampling temperature"),
-    "top_p": (0.9, 1.0, "nucleus sampling"),
-    "repetition_penalty": (1.1, 1.0, "of sampling"),
-    "generate_batch_size": (16, 100, "responses per process and call of generate"),
-    "eval_batch_size": (8, 64, "responses per process and forward pass"),
+    # name: (paper, small, toy, help)
+    "n": (16, 16, 64, "responses per prompt"),
+    "prompts": (100, 30, 30, "prompts of each evaluation set"),
+    "M": (10, 10, 10, "reward models of --judge ensemble"),
+    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
+    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
+    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
+    "generate_batch_size": (16, 16, 100, "responses per process and call of generate"),
+    "eval_batch_size": (8, 16, 64, "responses per process and forward pass"),
     "precision": common.TRAINING["precision"],
 }
 
@@ -54,7 +54,7 @@ def main(argv=None):
     texts = [text for r in ids for text in tokenizer.batch_decode(r, skip_special_tokens=True)]
     judged = score([row["prompt"] for row in rows for _ in range(n)], texts)
     groups = [{**g, "responses": [r]} for g, responses in zip(encoded, ids)
-              for r in common.end_in_eos(responses, tokenizer.eos_token_id)]
+              for r in common.for_reward(responses, tokenizer, args.run)]
     rewards = {name: common.score_by(path, groups, args, tokenizer)[:, 0].tolist()
                for name, path in paths.items()}
     if common.rank() == 0:

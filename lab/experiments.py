@@ -86,24 +86,27 @@ def why(out, directories):
     return None
 
 
-def meant(values):
-    """Flags of stage 00 by their meaning: two spellings of one file are equal."""
+def meant(values, names):
+    """Those flags of stage 00 by their meaning: two spellings of one file are equal."""
     def real(x):
         return os.path.realpath(x) if isinstance(x, str) and os.path.exists(x) else x
     return {k: list(map(real, v)) if isinstance(v, list) else real(v) for k, v in values.items()
-            if k not in ("world", "tasks")}
+            if k in names}
 
 
 def check_data(out, flags):
-    """Stop when the flags are none of stage 00's, or ask for other data than it made in `out`."""
+    """Stop when the flags are none of stage 00's, or ask for other data than it made in `out`. →
+    the preset."""
     stage = import_module("00_data")
     args = stage.parse([*flags, "--out", str(out)])
     if flags and (manifest := read_manifest(out, "00_data")):
-        new, old = (meant(x) for x in (stage.run_values(args) | args.hparams,
-                                       manifest["run"] | manifest["hyperparameters"]))
+        new = stage.run_values(args) | args.hparams
+        old = meant(manifest["run"] | manifest["hyperparameters"], new)
+        new = meant(new, new)
         if different := differences({"hyperparameters": old}, {"hyperparameters": new}):
             die(f"{out} was made with other flags ({'; '.join(different)}): choose another --out, "
                 "or --from 00")
+    return args.preset
 
 
 def show_resolved(command, preset):
@@ -131,12 +134,13 @@ def plan(args, flags):
         for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
             for manifest in out.glob(pattern):
                 promote(manifest.parent)  # a process was killed just before it did
-    check_data(out if not "00_data".startswith(first) else Path("no"), flags)
+    preset = check_data(out if not "00_data".startswith(first) else Path("no"), flags)
     if (out / "run.json").exists():
         run = common.read_json(out / "run.json")
-    preset = args.preset or run.get("preset", "toy")
+        preset = preset if flags else run["preset"]
     limit = args.limit or run.get("limit")
-    rounds = args.rounds if args.rounds is not None else 1 if limit else 3 if preset == "toy" else 4
+    usual = 1 if limit else 4 if preset == "paper" else 3
+    rounds = usual if args.rounds is None else args.rounds
     if not flags and (made := read_manifest(out, "00_data")):
         flags = recorded_flags(made)
     again = False
@@ -251,10 +255,11 @@ def complete(out, directories, flags):
 def listed(args, data):
     """Every experiment of every seed: (run directory, directories, purpose, seconds, script,
     flags)."""
-    toy, limited, todo = args.preset in (None, "toy"), bool(args.limit), []
+    toy, limited, todo = args.preset == "toy", bool(args.limit), []
+    column = CHOICES["preset"].index(args.preset)
     rounds = args.rounds or (2 if limited else 5)
     words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250, "n": 4 if limited else 64,
-             "eta": import_module("07_metarm").HPARAMS["eta"][toy]}
+             "eta": import_module("07_metarm").HPARAMS["eta"][column]}
     for seed in range(args.seeds):
         runs = [(f"seed_{seed}", pairs_table(rounds))]
         if toy and "--preferences" not in data:
@@ -278,7 +283,7 @@ def work(args, data):
     if rank() == 0:
         left = [row for row in todo if not complete(row[0], row[1], row[5])]
         took = f"about {sum(row[3] for row in left) / 60:.0f} minutes on two idle cores" \
-            if args.preset in (None, "toy") and not args.limit else "a time that was not measured"
+            if args.preset == "toy" and not args.limit else "a time that was not measured"
         log(f"{len(todo) - len(left)} of {len(todo)} stages are complete, the others take {took}")
 
     def run(i, out, directories, purpose, _, script, flags):
@@ -315,9 +320,9 @@ def main():
     flag("--from", dest="start", metavar="STAGE", help="with --plan: run this and all after it")
     flag("--to", metavar="STAGE", help="with --plan: nothing after this")
     flag("--seeds", type=int, help="seeds 0 to N-1 (default: 3)")
-    flag("--rounds", type=int, help="MetaRM rounds (pipeline: 3 in toy, 4 in paper, 1 with "
-         "--limit; experiments: 5, 2 with --limit)")
-    flag("--preset", choices=CHOICES["preset"], help="as for 00_data.py (default: toy)")
+    flag("--rounds", type=int, help="MetaRM rounds (pipeline: 3, 4 in paper, 1 with --limit; "
+         "experiments: 5, 2 with --limit)")
+    flag("--preset", choices=CHOICES["preset"], help="as for 00_data.py")
     flag("--limit", type=int, help="as for 00_data.py: a smoke run")
     flag("--dry_run", action="store_true", help="print the commands and run nothing")
     flag("--restart", action="store_true", help="begin an unfinished stage anew")
@@ -339,6 +344,7 @@ def main():
     elif (Path(args.out) / "run.json").exists():
         die(f"{args.out} holds a single run: give the experiments another --out")
     else:
+        args.preset = import_module("00_data").parse(data).preset
         work(args, data)
 
 

@@ -1,168 +1,178 @@
 """Every messy format of preferences, SFT examples and prompts, read row by row.
 
-A SOURCE is `toy` or `toy:summary` (the embedded world); a .jsonl, .jsonl.gz or .parquet file; or a
-hub id `owner/name` or `owner/name:data_dir` (all its splits). The format is found row by row:
+A SOURCE is a file, a folder of files or a glob of .jsonl, .json, .csv, .tsv (plain, .gz or .zst) or
+.parquet; a folder that datasets' save_to_disk wrote; a hub id `owner/name` or `owner/name:data_dir`
+(all its splits); `toy` or `toy:summary` (the embedded world). The format is found row by row:
 
-    preferences  {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi ..."}
-                 {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}
-                     the prompt becomes "\n\nHuman: Hi\n\nAssistant:"
-                 {"chosen": [{"role": "user", "content": "Hi"},
-                             {"role": "assistant", "content": "Hello."}], "rejected": [...]}
-                     `prompt` may hold the shared messages; the chat template of --model is used if
-                     it has one, else HH roles, system text going first
-                 {"chosen": ["Hi", "Hello."], "rejected": ["Hi", "What?"],
-                  "chosen score list": [0.1, ...], "mean preference difference": 0.3,
-                  "GPT4 label": 1, ...}         the authors' released set
-    sft          {"prompt": "Hi", "response": "Hello."}
-                 {"messages": [...]} or {"conversations": [{"from": "human", "value": "Hi"}, ...]}
-                     the last turn is the response
-    prompts      {"prompt": "Hi"} or "Hi" or {"messages": [...]} or a preference row
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi ..."}    HH
+    {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}      the prompt also as `instruction`,
+        `question`, `query`, with `input`, `system`, `history`; as an HH or templated text
+    {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", ...}], ...}
+        also `messages`, `conversations`; whole dialogues on both sides, with or without `prompt`;
+        single messages; JSON text of them; "from" and "value"; content in text parts
+    pairs by name: rejected_response (ms-swift), preferred_output (OpenAI), response_0 and
+        response_1 with better_response_id, safer_response_id, a choice or a winner, human_ref_A and
+        _B with labels (SHP), completions with overall_score (UltraFeedback), summaries with choice
+        (OpenAI's TL;DR comparisons), {"chosen": ["Hi", "Hello."], "chosen score list": [0.1, ...],
+        "mean preference difference": 0.3, "GPT4 label": 1} (the authors' released set)
+    sft: a prompt as above with `response`, `output`, `completion`, `answer`, or whole messages,
+        whose last turn is the response; prompts: any of these, or a text
 
-Dropped and counted, first reason that holds: no assistant turn (none, or not the last one), prompts
-differ, empty prompt, empty response, identical responses, duplicate pair; among prompts: duplicate
-prompt; among SFT rows and prompts: evaluation prompt. A row that cannot be read stops the run with
-`file:line: what is wrong`; --skip_bad_rows counts it as unreadable instead. Row contents are never
+Dropped and counted, first reason that holds: no assistant turn (none, or not the last one), column
+`prompt` is missing, no preference (a tie), prompts differ, empty prompt, empty response, identical
+responses, duplicate pair; among prompts: duplicate prompt; among SFT rows and prompts: evaluation
+prompt. A row that cannot be read stops the run with `file:line: what is wrong`; --skip_bad_rows
+counts it as unreadable instead. Columns that are not used are named once. Row contents are never
 printed: some are offensive.
 """
 import functools
-import gzip
 import json
 import re
 from collections import Counter
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
-from lab import toy_world
+from lab import sources
+from lab.sources import TOY, Bad, Drop  # noqa: F401  (TOY for stage 00)
 
-TOY = {"toy": ("helpful", "harmless"), "toy:summary": ("summary",)}
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
-# their names tell the task
-FOLDERS = {"Anthropic/hh-rlhf": [f"Anthropic/hh-rlhf:{folder}" for folder in (
-    "harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")]}
 # the first word in a source's name gives its task
 TASK_WORDS = {"harmless": "harmless", "saferlhf": "harmless", "helpful": "helpful",
               "oasst": "helpful", "summar": "summary", "tldr": "summary"}
-ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant",
-         "assistant": "assistant", "system": "system"}
+ROLES = {name: role for role, names in {
+    "user": "user human prompter", "system": "system developer",
+    "assistant": "assistant gpt model bot ai chatgpt", "tool": "tool function ipython observation",
+}.items() for name in names.split()}
+NAMES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}  # in HH form
 SCORES, LABEL = ("chosen_score_list", "rejected_score_list"), "judge_label"
 NUMBERS = ("mean preference difference", "std preference difference", "margin", "gold_chosen",
            "gold_rejected")
 SPELLINGS = {"chosen score list": SCORES[0], "rejected score list": SCORES[1], "GPT4 label": LABEL}
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+# texts in a chat template's markup: what opens the assistant's turn, and what ends one
+OPENINGS = ("<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<start_of_turn>model\n", "<|assistant|>\n", "[/INST]")
+OPEN = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]")
+ENDS = re.compile(r"\s*(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|</s>|<\|endoftext\|>)\s*\Z")
+PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations",
+           "conversation")
+PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"),
+         ("messages", "rejected_response"), ("messages", "rejected_messages"),
+         ("chosen_response", "rejected_response"), ("response", "rejected_response"))
+CHOSEN_OF_TWO = [(a, b) for stem in ("response", "answer", "output", "completion", "human_ref",
+                                     "conversation")
+                 for a, b in ((f"{stem}_0", f"{stem}_1"), (f"{stem}_1", f"{stem}_2"),
+                              (f"{stem}_a", f"{stem}_b"), (f"{stem}_A", f"{stem}_B"))]
+CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "preference", "preferred",
+           "chosen", "label", "labels")
+ANSWERS = ("response", "output", "completion", "answer", "chosen")
+# what a prompt may not lose, in a row or a message
+CARRIERS = ("tools", "functions", "context", "documents", "images")
+CALLS, REASONING = ("tool_calls", "function_call"), ("reasoning_content", "reasoning", "thinking")
+DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
 
 
-def check_sources(sources):
-    """Stop on a source that is neither a readable file nor a hub id nor the embedded world."""
-    for s in sources:
-        if Path(s).is_file() and not s.endswith(SUFFIXES):
-            common.die(f"{s}: a file must end in one of {', '.join(SUFFIXES)}")
-        if not Path(s).is_file() and s not in TOY and (
-                s.endswith(SUFFIXES) or not HUB_ID.fullmatch(s)):
-            common.die(f"{s} is no file, no hub id (owner/name or owner/name:data_dir), not toy "
-                       "and not toy:summary")
-
-
-class Drop(Exception):
-    """A row that is left out; the message is the reason it is counted under."""
-
-
-class Bad(Exception):
-    """A row that cannot be read; the message says what is wrong, without the row's contents."""
-
-
-# ---------------------------------------------------------------- sources → rows
-
-def raw_rows(source, kind, args):
-    """Stream (place in the source, row or Bad). A source that is unreadable as a whole stops the
-    run with one line."""
-    hint = ""
-    try:
-        if source in TOY:
-            data = toy_data(source, args.seed, args.n_pairs, args.n_sft, args.n_prompts,
-                            args.n_eval)
-            chosen = [
-                row for name, rows in data.items() if name.partition("_")[0] == kind
-                for row in rows]
-            yield from enumerate(chosen, 1)
-        elif not Path(source).is_file():
-            hint = ": it needs the network, or give a local file"
-            import datasets
-            name, _, folder = source.partition(":")
-            for split, rows in datasets.load_dataset(name, data_dir=folder or None).items():
-                yield from ((f"{split}:{n}", row) for n, row in enumerate(rows, 1))
-        elif source.endswith(".parquet"):
-            from pyarrow.parquet import ParquetFile
-            yield from enumerate(
-                (row for b in ParquetFile(source).iter_batches(1000) for row in b.to_pylist()), 1)
-        else:
-            with (gzip.open if source.endswith(".gz") else open)(source, "rb") as file:
-                yield from ((n, parse_line(line)) for n, line in enumerate(file, 1) if line.strip())
-    # the libraries raise a dozen types when the network or a file is at fault
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:150]
-        common.die(f"{source} cannot be read ({type(error).__name__}: {reason}){hint}")
-
-
-def parse_line(line):
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return Bad(f"not JSON in UTF-8 ({getattr(error, 'msg', type(error).__name__)})")
-
+# ---------------------------------------------------------------- how texts are written
 
 @functools.cache
-def toy_data(source, seed, *sizes):
-    return toy_world.build(seed, *sizes, tasks=TOY[source])
-
-
-def load(sources, kind, args, ids):
-    """All clean rows of the sources, and {"read", "kept", "drops"}. `ids` counts the ids given so
-    far."""
-    rows, seen, drops, read = [], set(), Counter(), 0
-    for source in [part for s in sources for part in FOLDERS.get(s, [s])]:
-        path = Path(source)
-        called = path.name if path.is_file() else source
-        name = path.stem.removesuffix(".jsonl") if path.is_file() else source.split("/", 1)[-1]
-        task = next((t for word, t in TASK_WORDS.items() if word in called.lower()), "general")
-        for place, raw in common.progress(raw_rows(source, kind, args), f"reading {name}"):
-            read += 1
-            try:
-                row = read_row(raw, kind, args.model, task)
-                key = tuple(row.get(k) for k in ("prompt", "chosen", "rejected"))
-                if kind != "sft" and key in seen:
-                    raise Drop("duplicate pair" if kind == "pairs" else "duplicate prompt")
-                seen.add(key)
-            except Drop as reason:
-                drops[str(reason)] += 1
-            except Bad as problem:
-                if not args.skip_bad_rows:
-                    common.die(f"{source}:{place}: {problem} (--skip_bad_rows counts such rows "
-                               "and goes on)")
-                drops["unreadable"] += 1
-            else:
-                own = raw.get("id") if isinstance(raw, dict) else None
-                new = own = own if own and isinstance(own, str) else re.sub(
-                    "[:/]", "-", f"{name}-{place}")
-                while new in ids:
-                    ids[own] += 1
-                    new = f"{own}-{ids[own]}"
-                ids[new] = 1
-                rows.append({"id": new, **row})
-    return rows, {"read": read, "kept": len(rows), "drops": dict(sorted(drops.items()))}
-
-
-# ---------------------------------------------------------------- formats → prompt and response
-
-@functools.cache
-def chat_tokenizer(model):
-    """Tokenizer of --model if it has a chat template, else None."""
+def style_of(model, template="auto"):
+    """How dialogues become text: by the chat template of --model (`auto`, where it has one), in HH
+    form (`hh`), or strings as they are (`none`). → `form` (chat, hh, none), the tokenizer of chat,
+    `end` (what the template writes after a response), `lead` (what a response begins with), `day`
+    (what a template that asks for the date is told)."""
+    style = SimpleNamespace(form="none" if template == "none" else "hh", tokenizer=None, end="",
+                            lead="" if template == "none" else " ", day=None, notes=Counter())
+    if model == "tiny" or template != "auto":
+        return style
     try:
-        tokenizer = None if model == "tiny" else common.load_tokenizer(model)
+        tokenizer = common.load_tokenizer(model)
     except Exception as error:
-        common.die(
-            f"cannot load the tokenizer of --model {model}: {(str(error).splitlines() or [''])[0]}")
-    return tokenizer if tokenizer and tokenizer.chat_template else None
+        common.die(f"cannot load the tokenizer of --model {model}: "
+                   f"{(str(error).splitlines() or [''])[0]}")
+    if not tokenizer.chat_template:
+        return style
+    style.form, style.tokenizer, style.lead = "chat", tokenizer, ""
+    style.day = DAY.isoformat() if "strftime_now" in str(tokenizer.chat_template) else None
+    question, answer = {"role": "user", "content": "Who?"}, "An unlikely answer 4711."
+    try:
+        whole = apply_template(style, [question, {"role": "assistant", "content": answer}])
+        style.end = whole.split(answer)[1]
+        render(style, [question], [{"role": "assistant", "content": answer}])
+    except (Bad, IndexError) as problem:
+        common.die(f"the chat template of --model {model} cannot be used: {problem}; "
+                   "--template hh writes dialogues in HH form")
+    return style
 
+
+def apply_template(style, history, tools=None, generate=False):
+    try:
+        return style.tokenizer.apply_chat_template(
+            history, tools=tools, tokenize=False, add_generation_prompt=generate,
+            strftime_now=DAY.strftime)
+    except Exception as error:  # templates raise what they like
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise Bad(f"the chat template refuses the messages ({reason})") from None
+
+
+def render(style, history, answers, tools=None):
+    """(prompt, [response, ...]) of messages and of the assistant's messages that may follow them.
+    By a chat template a response is what it writes for the whole dialogue, without what it writes
+    for the prompt and after every response."""
+    if not any(m["content"].strip() or set(CALLS) & m.keys() for m in history
+               if m["role"] != "system"):
+        raise Drop("empty prompt")
+    begun = history[-1]["content"].rstrip() if history[-1]["role"] == "assistant" else None
+    if not style.tokenizer:
+        return render_hh(history, begun), [a["content"].strip() for a in answers]
+    if begun is None:
+        prompt = apply_template(style, history, tools, generate=True)
+        wholes = [apply_template(style, [*history, a], tools) for a in answers]
+    else:  # the response goes on with an assistant's turn
+        rest = [{**a, "content": f"{begun} {a['content'].lstrip()}"} for a in answers]
+        wholes = [apply_template(style, [*history[:-1], a], tools) for a in rest]
+        prompt = apply_template(style, history, tools)
+        prompt = prompt[:prompt.rindex(begun) + len(begun)] if begun in prompt else prompt
+    think = re.search(r"<think>\s*\Z", prompt)
+    if think and not all(w.startswith(prompt) for w in wholes):
+        prompt = prompt[:think.start()]  # opened for a generation, not written in a whole dialogue
+        style.notes["prompts end before <think>, which the chat template opens"] += 1
+    for whole in wholes:
+        if not whole.startswith(prompt) or not whole.endswith(style.end):
+            raise Bad("the chat template writes the prompt in another way once a response follows")
+    return prompt, [w[len(prompt):len(w) - len(style.end)] for w in wholes]
+
+
+def render_hh(history, begun=None):
+    """Messages in HH form, system text going first; `begun`: the response goes on with the last."""
+    prompt = "\n\n".join(m["content"].strip() for m in history if m["role"] == "system")
+    for m in history:
+        if m["role"] != "system":
+            prompt += f"\n\n{NAMES[m['role']]}: {m['content'].strip()}"
+    return prompt if begun else prompt + ASSISTANT
+
+
+def transcript(text):
+    """A text with HH marks, in any form of them, → messages."""
+    text = text.replace("\r\n", "\n")
+    line = "\n\n" if HUMAN in text.lstrip() or ASSISTANT in text else "\n"
+    first, *turns = re.split(rf"(?:\A\s*|{line})(Human|Assistant):", text)
+    system = [{"role": "system", "content": first.strip()}] if first.strip() else []
+    return system + [{"role": ROLES[role.lower()], "content": content.strip()}
+                     for role, content in zip(turns[::2], turns[1::2])]
+
+
+def is_transcript(text):
+    text = text.replace("\r\n", "\n")
+    return bool(re.match(r"\s*(Human|Assistant):", text)) or HUMAN in text or ASSISTANT in text
+
+
+def markup(text):
+    """The opening of the assistant's turn in a text that is templated already, else None."""
+    return next((o for o, mark in zip(OPENINGS, OPEN) if mark in text), None)
+
+
+# ---------------------------------------------------------------- columns → messages
 
 def string(row, key):
     if not isinstance(row.get(key), str):
@@ -171,94 +181,330 @@ def string(row, key):
     return row[key]
 
 
+def parsed(value):
+    """JSON text of messages and a single message as a list of messages; any other value as it
+    is."""
+    if isinstance(value, str) and re.match(r'\s*\[?\s*\{\s*"', value):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        items = found if isinstance(found, list) else [found]
+        value = found if all(isinstance(m, dict) and {"role", "from"} & set(m)
+                             for m in items) else value
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        return value["messages"]
+    return [value] if isinstance(value, dict) else value
+
+
+def message(m):
+    """{"role", "content"} or {"from", "value"} → the first form, and what may stand beside it."""
+    role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+    if not isinstance(role, str) or role.strip().lower() not in ROLES:
+        raise Bad(f"a message's role must be one of {', '.join(ROLES)}")
+    more = {k: m[k] for k in (*CALLS, *REASONING, "tool_call_id", "name") if m.get(k)}
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise Bad(f"a message's `content` has a part that is not text ({str(kind)[:20]})")
+        content = "".join(part["text"] for part in content)
+    if content is None and (more.keys() & set(CALLS)):
+        content = ""
+    string({"content": content}, "content")
+    return {"role": ROLES[role.strip().lower()], "content": content, **more}
+
+
 def messages(value):
-    """A list of {"role", "content"} or {"from", "value"}, checked, in the first form."""
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         raise Bad("not a list of messages")
-    out = [{"role": m.get("role", m.get("from")), "content": m.get("content", m.get("value"))}
-           for m in value]
-    for m in out:
-        if not isinstance(m["role"], str) or m["role"] not in ROLES:
-            raise Bad(f"a message's role must be one of {', '.join(ROLES)}")
-        m["role"] = ROLES[m["role"]]
-        string(m, "content")
+    return [message(m) for m in value]
+
+
+def alternate(texts):
+    """Texts in turn, the last one the assistant's → messages."""
+    return [{"role": "assistant" if (len(texts) - i) % 2 else "user", "content": text}
+            for i, text in enumerate(texts)]
+
+
+def is_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value)
+
+
+def split_last(conversation):
+    if not conversation or conversation[-1]["role"] != "assistant":
+        raise Drop("no assistant turn")
+    return conversation[:-1], conversation[-1]
+
+
+def take_history(row):
+    """Take the columns of a prompt out of the row → messages, or a text that is templated, or None
+    where there are none."""
+    if isinstance(row.get("info"), dict):
+        return [{"role": "user", "content": tldr(row.pop("info"))}]
+    for name, kind in (("input", dict), ("history", str)):  # OpenAI's, SHP's
+        if isinstance(row.get(name), kind):
+            row.setdefault("prompt", row.pop(name))
+    names = [k for k in (*PROMPTS, "input") if k in row]
+    if not names:
+        return None
+    base = parsed(row.pop(names[0]))
+    if is_texts(base):
+        base = [{**m, "role": "user" if m["role"] == "assistant" else "assistant"}
+                for m in alternate(base)]
+    elif not isinstance(base, str):
+        base = messages(base)
+    elif not markup(base):
+        base = prompt_messages(base)
+    if not base:
+        raise Drop("empty prompt")
+    more = {name: row.pop(name) for name in (*names[1:], "system", "system_prompt")
+            if isinstance(parsed(row.get(name)), str)}
+    if isinstance(base, str):
+        if lost := [name for name, text in more.items() if text.strip() not in base]:
+            raise Bad(f"column `{lost[0]}` beside a prompt that is templated already")
+        return base
+    said, before = {m["content"].strip() for m in base} | {""}, earlier(row)
+    for name, text in more.items():
+        if text.strip() not in said and name.startswith("system"):
+            before.insert(0, {"role": "system", "content": text})
+        elif text.strip() not in said:  # the material of an instruction
+            base[-1]["content"] += f"\n\n{text}"
+    return before + base
+
+
+def earlier(row):
+    """Take `history` out of the row, turns or [question, answer] pairs before the prompt →
+    messages."""
+    turns, out = parsed(row.pop("history", [])), []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if isinstance(turn, dict):
+            out.append(message(turn))
+        elif is_texts(turn) and len(turn) < 3:
+            out += [{"role": r, "content": t} for r, t in zip(("user", "assistant"), turn)]
+        else:
+            raise Bad("`history` is no list of messages or of [question, answer] pairs")
     return out
 
 
-def render(history, tokenizer=None):
-    """Messages → prompt, by the tokenizer's chat template or in HH form."""
-    spoken = [m for m in history if m["role"] != "system"]
-    if not any(m["content"].strip() for m in spoken):
-        raise Drop("empty prompt")
-    if tokenizer is None:
-        prompt = "\n\n".join(m["content"].strip() for m in history if m["role"] == "system")
-        for m in spoken:
-            role = "Human" if m["role"] == "user" else "Assistant"
-            prompt += f"\n\n{role}: {m['content'].strip()}"
-        return prompt + "\n\nAssistant:"
-    try:
-        prompt = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise what they like
-        raise Bad(f"the chat template refuses the messages ({type(error).__name__})") from None
-    adds_bos = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    # later stages would have it twice
-    return prompt.removeprefix(tokenizer.bos_token) if adds_bos else prompt
+def prompt_messages(text):
+    """A prompt's text → messages: HH turns, where an assistant's that is only opened is none, or
+    one turn of the user's."""
+    if not is_transcript(text):
+        return [{"role": "user", "content": text}]
+    out = transcript(text)
+    return out[:-1] if out[-1]["role"] == "assistant" and not out[-1]["content"] else out
 
 
-def split_messages(conversation, tokenizer=None):
-    """Messages → (prompt, response); the last one must be the assistant's."""
-    if not conversation or conversation[-1]["role"] != "assistant":
+def tldr(info):
+    """The post of OpenAI's TL;DR comparisons, or its news article, as a request."""
+    lines = [f"{name.upper()}: {info[key]}" for name, key in (
+        ("subreddit", "subreddit"), ("title", "title"), ("post", "post"), ("article", "article"))
+        if isinstance(info.get(key), str)]
+    if not {"post", "article"} & set(info):
+        raise Bad("`info` has neither `post` nor `article`")
+    return "\n\n".join(lines) + "\n\nTL;DR:"
+
+
+def take_sides(row):
+    """Take the two responses out of the row → (chosen, rejected), in any form."""
+    for names in PAIRS:
+        if set(names) <= row.keys() and not isinstance(row[names[0]], (int, float)):
+            chosen, rejected = (row.pop(name) for name in names)
+            if names[0] == "messages":  # ms-swift: the whole dialogue, and what else may end it
+                row["messages"], chosen = split_last(messages(parsed(chosen)))
+            return chosen, rejected
+    if isinstance(row.get("summaries"), list):
+        two = [s.get("text") if isinstance(s, dict) else s for s in row.pop("summaries")]
+        return by_choice(row, two, ("summary_0", "summary_1"))
+    for names in CHOSEN_OF_TWO:
+        if set(names) <= row.keys():
+            return by_choice(row, [row.pop(name) for name in names], names)
+    if isinstance(row.get("completions"), list):
+        scored = [(c["overall_score"], c["response"]) for c in row.pop("completions")
+                  if isinstance(c, dict) and isinstance(c.get("overall_score"), (int, float))
+                  and isinstance(c.get("response"), str)]
+        if len(scored) < 2:
+            raise Bad("`completions` has no two responses with an `overall_score`")
+        (low, rejected), (high, chosen) = (f(scored, key=lambda x: x[0]) for f in (min, max))
+        if low == high:
+            raise Drop("no preference")
+        return chosen, rejected
+    missing = next((k for k in ("chosen", "rejected") if k not in row), "chosen")
+    if missing == "rejected" or "chosen" not in row:
+        if "label" in row:
+            raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
+                      "needed")
+    raise Bad(f"column `{missing}` is missing")
+
+
+def by_choice(row, two, names):
+    """(chosen, rejected) of two responses by the first column that says which is better."""
+    key = next((k for k in CHOICES if k in row), None)
+    if key is None:
+        raise Bad(f"no column says which of `{names[0]}` and `{names[1]}` is better "
+                  f"({', '.join(CHOICES)})")
+    value = row.pop(key)
+    said = str(int(value) if isinstance(value, (bool, float)) and value == value
+               and abs(value) < 9 else value).lower()
+    if "tie" in said or said in ("-1", "both"):
+        raise Drop("no preference")
+    first, second = (n.lower() for n in names)
+    which = {first: 0, second: 1, f"model_{first[-1]}": 0, f"model_{second[-1]}": 1,
+             first[-1]: 0, second[-1]: 1}
+    if key == "labels" and first.startswith("human_ref"):
+        which = {"1": 0, "0": 1}  # SHP: 1 means that A is preferred
+    if said not in which or len(two) != 2:
+        raise Bad(f"`{key}` does not say which of two responses is better")
+    return two[which[said]], two[1 - which[said]]
+
+
+# ---------------------------------------------------------------- one side of a pair
+
+def same(a, b):
+    return a["role"] == b["role"] and a["content"].split() == b["content"].split()
+
+
+def join(history, side):
+    """A prompt's messages and a side's: those of the side alone where it repeats the prompt."""
+    said, heard = ([m for m in x if m["role"] != "system"] for x in (history, side))
+    system = [m for m in side if m["role"] == "system"] or [
+        m for m in history if m["role"] == "system"]
+    for repeated in (said, said[:-1] if said[-1:] and said[-1]["role"] == "assistant" else said):
+        if len(heard) > len(repeated) and all(map(same, repeated, heard)):
+            return system + heard
+    if any(m["role"] in ("user", "system") for m in side):
+        raise Drop("prompts differ")
+    return history + side
+
+
+def read_side(value, history, name):
+    """(messages or a templated prompt, the assistant's message) of one side."""
+    value = parsed(value)
+    if is_texts(value):
+        value = value[0] if history is not None and len(value) == 1 else alternate(value)
+    if not isinstance(value, str):
+        side = messages(value)
+    elif history is None and markup(value):
+        return split_markup(value)
+    elif history is None and not is_transcript(value):
+        raise Drop("column `prompt` is missing")
+    elif history is None or re.match(r"\s*Human:", value) and re.search(r"\n\s*Assistant:", value):
+        side = transcript(value)
+    else:
+        side = [{"role": "assistant", "content": value}]
+    if isinstance(history, str):
+        if len(side) > 1:
+            raise Bad(f"`{name}` has several messages beside a prompt that is templated already")
+        return history, split_last(side)[1]
+    return split_last(join(history, side) if history else side)
+
+
+def split_markup(text):
+    """A whole dialogue in a template's markup → (prompt, the assistant's message)."""
+    opening = markup(text)
+    head, mark, response = text.rpartition(opening.rstrip("\n"))
+    if not mark or OPEN[OPENINGS.index(opening)] in response:
         raise Drop("no assistant turn")
-    return render(conversation[:-1], tokenizer), conversation[-1]["content"]
+    return head + opening, {"role": "assistant", "content": response}
 
 
-def prompt_of(row, model):
-    """The `prompt` column: messages, an HH prompt as it is, or the text of one human turn."""
-    if isinstance(row.get("prompt"), list):
-        return render(messages(row["prompt"]), chat_tokenizer(model))
-    prompt = string(row, "prompt").rstrip()
-    return prompt if prompt.endswith(
-        "\n\nAssistant:") else f"\n\nHuman: {prompt.strip()}\n\nAssistant:"
-
-
-def split_side(row, key, model):
-    """(prompt, response) of one side of a preference row, in any of the four formats."""
-    side, prompt = row.get(key), row.get("prompt")
-    # released set: last is the response
-    if isinstance(side, list) and side and all(isinstance(t, str) for t in side):
-        roles = ["assistant" if (len(side) - i) % 2 else "user" for i in range(len(side))]
-        return split_messages([{"role": r, "content": t} for r, t in zip(roles, side)])
-    if isinstance(side, list):
-        side = messages(side)
-        if isinstance(prompt, str) and len(side) == 1:
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, list):
-            history = messages(prompt)
-            side = side if side[:len(history)] == history else history + side
-        return split_messages(side, chat_tokenizer(model))
-    if "prompt" in row:
-        prompt = prompt_of(row, model)
-        return prompt, string(row, key).removeprefix(prompt)  # some copies repeat the prompt
-    # HH: the prompt ends after the last mark
-    head, mark, response = string(row, key).rpartition("\n\nAssistant:")
-    if not mark or "\n\nHuman:" in response:
-        raise Drop("no assistant turn")
-    return head + mark, response
-
-
-def tidy(prompt, *responses):
-    """Responses as the model reads them; raises Drop where a text is empty."""
-    if not re.sub(r"\n\n(Human|Assistant):", "", prompt).strip():
-        raise Drop("empty prompt")
-    if not all(r.strip() for r in responses):
-        raise Drop("empty response")
-    return [(" " if prompt.endswith("\n\nAssistant:") else "") + r.strip() for r in responses]
+def without_prompt(row, values, style):
+    """The responses without the prompt's text, where both begin with it."""
+    said = row.get(next((k for k in PROMPTS if k in row), None))
+    said = said.strip() if isinstance(said, str) else ""
+    texts = [v.lstrip() if isinstance(v, str) else "" for v in values]
+    if not said or not all(t.startswith(said) for t in texts):
+        return values
+    rest = [t[len(said):] for t in texts]
+    if not (is_transcript(said) or markup(said) or all(r[:1].isspace() for r in rest)):
+        return values
+    style.notes["prompts repeated in both responses, taken out there"] += 1
+    return rest
 
 
 # ---------------------------------------------------------------- raw row → clean row
 
-def read_row(row, kind, model, task):
-    """One raw row → clean row without id. Raises Drop or Bad and nothing else."""
+def write(style, history, answers, tools=None):
+    """(prompt, responses) as the model reads them."""
+    texts, marked = [a["content"] for a in answers], isinstance(history, str)
+    keys = {} if marked else other_keys([*history, *answers])
+    if marked:  # templated already: only an opening may lack
+        opening = markup(history)
+        if not history.rstrip().endswith(opening.rstrip()):
+            history = history.rstrip("\n") + ("\n" if opening[0] == "<" else " ") + opening
+        prompt, texts = history, [ENDS.sub("", t).strip() for t in texts]
+    else:
+        if style.form == "chat" and (keys or tools):
+            check_used(style, history, answers, tools)
+        elif set(CALLS) & keys:
+            raise Bad("`tool_calls` needs a --model whose chat template writes them")
+        elif len(set(texts)) == 1 < len({json.dumps(a, sort_keys=True) for a in answers}):
+            raise Bad(f"the responses differ in `{min(keys)}` only, which is not used")
+        prompt, texts = render(style, history, answers, tools)
+    if not prompt.strip():
+        raise Drop("empty prompt")
+    if not all(t.strip() for t in texts):
+        raise Drop("empty response")
+    return prompt, [style.lead * (not marked) + t for t in texts]
+
+
+def write_none(row, names):
+    """--template none: (prompt, responses) as they stand in the columns; an HH dialogue is divided
+    after its last mark."""
+    prompt, texts = row.pop("prompt", None), [string(row, name).rstrip() for name in names]
+    if not isinstance(prompt, str | None):
+        raise Bad("messages need --template auto or hh")
+    if prompt is None:
+        divided = [text.rpartition(ASSISTANT) for text in texts]
+        if not all(mark for _, mark, _ in divided):
+            raise Drop("column `prompt` is missing")
+        if len({head for head, *_ in divided}) > 1:
+            raise Drop("prompts differ")
+        prompt, texts = divided[0][0] + ASSISTANT, [text for *_, text in divided]
+    if not prompt.strip() or not all(t.strip() for t in texts):
+        raise Drop("empty response" if prompt.strip() else "empty prompt")
+    for name in names:
+        del row[name]
+    return prompt, texts
+
+
+def other_keys(history):
+    """What messages have beside role and content."""
+    return {k for m in history for k in m} - {"role", "content", "name"}
+
+
+def check_used(style, history, answers, tools):
+    """Bad where the chat template does not write a key of the messages, or the tools: calls and
+    tools always, reasoning where the responses differ in nothing else."""
+    alike = len({a["content"] for a in answers}) == 1
+    whole = [apply_template(style, [*history, a], tools) for a in answers]
+    for key in sorted(other_keys([*history, *answers]) | ({"tools"} if tools else set())):
+        bare = [apply_template(style, [{k: v for k, v in m.items() if k != key}
+                                       for m in [*history, a]], tools if key != "tools" else None)
+                for a in answers]
+        if bare == whole and (key not in REASONING or alike):
+            raise Bad(f"`{key}` cannot be used: the chat template does not write it")
+
+
+def take_tools(row, style):
+    """Columns that belong to the prompt: `tools` for a chat template; Bad where one cannot be
+    used."""
+    tools = None
+    for name in CARRIERS:
+        value = row.pop(name, None)
+        value = parsed(value) if name == "tools" else value
+        if value and name == "tools" and style.form == "chat":
+            tools = value if isinstance(value, list) else [value]
+        elif value:
+            raise Bad(f"column `{name}` belongs to the prompt and cannot be used" + (
+                ": it needs a --model whose chat template writes it" if name == "tools" else ""))
+    return tools
+
+
+def read_row(row, kind, style, task, ignored=None):
+    """One raw row → clean row without id. Raises Drop or Bad and nothing else. `ignored` counts
+    the columns that were not used."""
     if isinstance(row, Bad):
         raise row
     if isinstance(row, str) and kind not in ("pairs", "sft"):
@@ -267,39 +513,53 @@ def read_row(row, kind, model, task):
         raise Bad(f"a JSON {type(row).__name__}, not an object")
     # None: absent in a parquet file
     row = {SPELLINGS.get(k, k): v for k, v in row.items() if v is not None}
-    clean = {"pairs": read_pair, "sft": read_sft}.get(kind, read_prompt)(row, model)
+    given = re.sub(r"\W+", "_", string(row, "task").lower()) if "task" in row else ""
+    own = [row.pop(k, None) for k in ("task", "id")]
+    clean = {"pairs": read_pair, "sft": read_sft}.get(kind, read_prompt)(row, style)
     if kind != "sft":
-        own = re.sub(r"[^a-z0-9]+", "_", string(row, "task").lower()) if "task" in row else ""
-        clean["task"] = own.strip("_")[:40] or task  # becomes part of a file name
+        clean["task"] = given.strip("_")[:40] or task  # becomes part of a file name
     try:
-        json.dumps([clean, str(row.get("id"))], ensure_ascii=False).encode()
+        json.dumps([clean, str(own)], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise Bad("a text holds a lone surrogate, which UTF-8 cannot write") from None
+    if ignored is not None:
+        ignored.update(k for k in row if isinstance(k, str))
     return clean
 
 
-def read_pair(row, model):
-    extra, sides, drop = carried(row), [], None
-    for key in ("chosen", "rejected"):
+def read_pair(row, style):
+    extra = carried(row)
+    if style.form == "none":
+        prompt, texts = write_none(row, ("chosen", "rejected"))
+    else:
+        prompt, texts = read_dialogues(row, style)
+    if texts[0].strip() == texts[1].strip():
+        raise Drop("identical responses")
+    return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1], **extra}
+
+
+def read_dialogues(row, style):
+    """(prompt, [chosen, rejected]) of a preference row in any format but --template none's."""
+    tools, values = take_tools(row, style), take_sides(row)
+    values = without_prompt(row, values, style)
+    history, sides, drop = take_history(row), [], None
+    for name, value in zip(("chosen", "rejected"), values):
         try:
-            sides.append(split_side(row, key, model))
+            sides.append(read_side(value, history, name))
         except Drop as reason:  # the other side must be readable all the same
             drop = drop or reason
     if drop:
         raise drop
-    (prompt, chosen), (other, rejected) = sides
-    if prompt != other:
+    (before, chosen), (other, rejected) = sides
+    if before != other:
         raise Drop("prompts differ")
-    chosen, rejected = tidy(prompt, chosen, rejected)
-    if chosen == rejected:
-        raise Drop("identical responses")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extra}
+    return write(style, before, [chosen, rejected], tools)
 
 
 def carried(row):
-    """The known columns beside the texts, checked; `margin` is the mean difference where only that
-    is given."""
-    out = {k: row[k] for k in (*SCORES, *NUMBERS, LABEL) if k in row}
+    """Take the known columns beside the texts out of the row, checked; `margin` is the mean
+    difference where only that is given."""
+    out = {k: row.pop(k) for k in (*SCORES, *NUMBERS, LABEL) if k in row}
     for name, value in out.items():
         for x in value if name in SCORES and isinstance(value, list) else [value]:
             # NaN is not either
@@ -311,29 +571,94 @@ def carried(row):
     if not all(isinstance(out.get(k, []), list)
                for k in SCORES) or len({len(out.get(k, [])) for k in SCORES}) > 1:
         raise Bad("the score columns must be two lists of equal length")
+    out = {k: v for k, v in out.items() if v != []}  # no scores
     if NUMBERS[0] in out:
         out.setdefault("margin", out[NUMBERS[0]])
     return out
 
 
-def conversation(row):
-    return messages(row.get(
-        "messages", row.get("conversations"))) if {"messages", "conversations"} & set(row) else None
-
-
-def read_sft(row, model):
-    spoken = conversation(row)
-    prompt, response = split_messages(spoken, chat_tokenizer(model)) if spoken is not None else \
-        (prompt_of(row, model), string(row, "response"))
-    return {"prompt": prompt, "response": tidy(prompt, response)[0]}
-
-
-def read_prompt(row, model):
-    spoken = conversation(row)
-    if spoken is not None:
-        prompt = render(spoken[:-1] if spoken and spoken[-1]["role"] == "assistant" else spoken,
-                        chat_tokenizer(model))
+def read_sft(row, style):
+    names = [k for k in ANSWERS if k in row]
+    if style.form == "none":
+        prompt, (response,) = write_none(row, names[:1] or ["response"])
+        return {"prompt": prompt, "response": response}
+    tools, spoken = take_tools(row, style), {"messages", "conversations"} & row.keys()
+    answer = row.pop(names[0]) if names else None
+    history = take_history(row)
+    if answer is not None:
+        before, answer = read_side(answer, history, names[0])
+    elif spoken:
+        before, answer = split_last(history)
     else:
-        prompt = prompt_of(row, model) if "prompt" in row else split_side(row, "chosen", model)[0]
-    tidy(prompt)
-    return {"prompt": prompt}
+        raise Bad("column `response` is missing")
+    prompt, (response,) = write(style, before, [answer], tools)
+    return {"prompt": prompt, "response": response}
+
+
+def read_prompt(row, style):
+    if style.form == "none" and "prompt" in row:
+        row["response"] = "-"
+        return {"prompt": write_none(row, ["response"])[0]}
+    tools, history = take_tools(row, style), take_history(row)
+    if history is None:
+        history, _ = read_side(take_sides(row)[0], None, "chosen")
+    elif isinstance(history, list) and len(history) > 1 and history[-1]["role"] == "assistant":
+        history = history[:-1]
+    return {"prompt": write(style, history, [{"role": "assistant", "content": "-"}], tools)[0]}
+
+
+# ---------------------------------------------------------------- all rows of all sources
+
+def load(given, kind, args, ids, originals=None):
+    """All clean rows of the sources, and {"read", "kept", "drops"}. `ids` counts the ids given so
+    far; `originals` gets {id: the raw row}."""
+    rows, drops, ignored, read = [], Counter(), Counter(), 0
+    style, seen = style_of(args.model, args.template), {}
+    style.notes.clear()
+    for source in [part for s in given for part in sources.parts(s)]:
+        path = Path(source)
+        called = path.name if path.exists() else source
+        name = path.name.split(".")[0] if path.exists() else source.split("/", 1)[-1]
+        task = next((t for word, t in TASK_WORDS.items() if word in called.lower()), "general")
+        stream = sources.raw_rows(source, kind, args)
+        for place, raw in common.progress(stream, f"reading {name}"):
+            read += 1
+            try:
+                row = read_row(raw, kind, style, task, ignored)
+                key = tuple(row.get(k) for k in ("prompt", "chosen", "rejected"))
+                if kind != "sft" and key in seen:
+                    raise Drop("duplicate pair" if kind == "pairs" else "duplicate prompt")
+                length = len(row.get(SCORES[0], ()))
+                if length and length != seen.setdefault("scores", length):
+                    raise Bad(f"`{SCORES[0]}` has {length} scores, the rows before it "
+                              f"{seen['scores']}")
+                seen[key] = True
+                if kind == "pairs" and (key[0], key[2], key[1]) in seen:
+                    style.notes["pairs contradict another one, both are kept"] += 1
+            except Drop as reason:
+                drops[str(reason)] += 1
+            except Bad as problem:
+                if not args.skip_bad_rows:
+                    common.die(f"{source}:{place}: {problem} (--skip_bad_rows counts such rows "
+                               "and goes on)")
+                drops["unreadable"] += 1
+            else:
+                own = raw.get("id") if isinstance(raw, dict) else None
+                new = own = own if own and isinstance(own, str) else re.sub(
+                    "[:/ ]", "-", f"{name}-{place}")
+                while new in ids:
+                    ids[own] += 1
+                    new = f"{own}-{ids[own]}"
+                ids[new] = 1
+                rows.append({"id": new, **row})
+                if originals is not None:
+                    originals[new] = raw
+    if "scores" in seen and not all(SCORES[0] in row for row in rows):
+        style.notes["rows have scores and others none: scores are left out"] += sum(
+            SCORES[0] in row for row in rows)
+        rows = [{k: v for k, v in row.items() if k not in SCORES} for row in rows]
+    for note, n in style.notes.items():
+        common.log(f"  {kind}: {n} {note}")
+    if ignored:
+        common.log(f"  {kind}: columns that are not used: {', '.join(sorted(ignored))}")
+    return rows, {"read": read, "kept": len(rows), "drops": dict(sorted(drops.items()))}

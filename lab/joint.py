@@ -17,19 +17,19 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 HPARAMS = {
-    # name: (paper, toy, help)
-    "lam": (0.01, 0.1, "lambda, weight of J"),
-    "meta_batch_size": (32, 16, "prompts of X_s in a step, global"),
-    "epochs": (1.0, 1.0, "passes over the preferences"),
-    "batch_size": (32, 32, "pairs of X_t in a step, global"),
-    "micro_batch_size": (2, 32, "pairs or meta groups per process and forward pass"),
-    "eval_batch_size": (8, 64, "groups per process when evaluating"),
-    "lr": (5e-6, 1e-3, "peak learning rate"),
-    "warmup": (0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 25, "steps between evaluations"),
+    # name: (paper, small, toy, help)
+    "lam": (5e-6, 5e-6, 0.1, "lambda, weight of J"),
+    "meta_batch_size": (16, 16, 16, "prompts of X_s in a step, global"),
+    "epochs": (1.0, 1.0, 1.0, "passes over the preferences"),
+    "batch_size": (16, 16, 32, "pairs of X_t in a step, global"),
+    "micro_batch_size": (2, 4, 32, "pairs or meta groups per process and forward pass"),
+    "eval_batch_size": (8, 8, 64, "groups per process when evaluating"),
+    "lr": (5e-6, 2e-5, 1e-3, "peak learning rate"),
+    "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
+    "eval_every": (500, 50, 25, "steps between evaluations"),
     **common.TRAINING,
-    "zero": (3, 0, "DeepSpeed ZeRO stage"),
-    "precision": ("autocast", "fp32", "as in stage 07"),
+    "zero": (3, 0, 0, "DeepSpeed ZeRO stage"),
+    "precision": ("autocast", "autocast", "fp32", "as in stage 07"),
 }
 
 
@@ -76,7 +76,7 @@ def main(argv=None):
         "03_strength", "01_sft", f"{source}/samples.jsonl"], script="lab/joint.py")
     tokenizer = common.load_tokenizer(sft)
     rows = common.read_jsonl(samples / "samples.jsonl")
-    groups = [{**g, "responses": common.end_in_eos(row["response_ids"], tokenizer.eos_token_id)}
+    groups = [{**g, "responses": common.for_reward(row["response_ids"], tokenizer, args.run)}
               for g, row in zip(common.encode(tokenizer, rows, [], args.run), rows)]
     held, meta = groups[::10], [g for i, g in enumerate(groups) if i % 10] or groups
 

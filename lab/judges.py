@@ -28,7 +28,8 @@ def scorer(args, tokenizer, names):
     """→ score(prompts, responses) of the judge chosen: gold, or the mean standardised reward."""
     def score(prompts, responses):
         # decoders like Llama-2's drop the leading space that the preference data have
-        rows = [{"id": str(i), "prompt": p, "response": " " + r.strip() if r.strip() else ""}
+        rows = [{"id": str(i), "prompt": p, "response": args.run.get("lead", " ") + r.strip()
+                 if r.strip() else ""}
                 for i, (p, r) in enumerate(zip(prompts, responses))]
         groups, total = common.encode(tokenizer, rows, ["response"], args.run), 0
         for name in names:
@@ -41,10 +42,11 @@ def scorer(args, tokenizer, names):
 def sample_answers(run, policy, reward_model, layout, tokenizer, prompts, texts, truth, step):
     """Answers to the same prompts (groups, their texts by id) at every evaluation of stage 06, with
     their reward and, where `truth` is known, that: samples.jsonl."""
-    args, eos = run.args, tokenizer.eos_token_id
+    args = run.args
     args.eval_batch_size = args.micro_batch_size * args.rollouts
     ids = common.generate(policy, tokenizer, [g["prompt"] for g in prompts], 1, args, args.seed)
-    groups = [{**g, "responses": common.end_in_eos(r, eos)} for g, r in zip(prompts, ids)]
+    groups = [{**g, "responses": common.for_reward(r, tokenizer, args.run)}
+              for g, r in zip(prompts, ids)]
     rewards = common.score(reward_model, groups, args, layout, tokenizer.pad_token_id)  # [10, 1]
     answers = tokenizer.batch_decode([g["responses"][0] for g in groups], skip_special_tokens=True)
     known = truth([texts[g["id"]] for g in groups], answers) if truth else []

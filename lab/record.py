@@ -31,22 +31,22 @@ from tqdm import tqdm
 
 from lab import base, checkpoint
 from lab.base import (  # noqa: F401  (some for common to hand on)
-    HERE, barrier, code_hashes, device, die, free, from_rank_0, gather_rows, inference, lock, log,
+    HERE, barrier, check_value, code_hashes, device, die, free, from_rank_0, gather_rows, inference, lock, log,
     progress, rank, read_json, read_jsonl, set_seed, setup, sync, user_files, world_size,
     write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
-CHOICES = {"preset": ("paper", "toy"), "zero": (0, 1, 2, 3),
+CHOICES = {"preset": ("paper", "small", "toy"), "zero": (0, 1, 2, 3),
            "precision": ("fp32", "bf16", "autocast"), "layout": ("auto", "shared", "separate")}
-# Rows shared by the tables of all training stages: name: (paper, toy, help).
+# Rows shared by the tables of all training stages: name: (paper, small, toy, help).
 TRAINING = {
-    "zero": (2, 0, "DeepSpeed ZeRO stage"),
-    "precision": ("bf16", "fp32", "bf16: parameters in bf16, master copy in fp32; "
-                                  "autocast: parameters in fp32"),
-    "max_grad_norm": (1.0, 1.0, "gradient clipping"),
-    "gradient_checkpointing": (True, False, "recompute activations in the backward pass"),
-    "save_every": (200, 25, "steps between checkpoints, from which the same command goes on"),
+    "zero": (2, 0, 0, "DeepSpeed ZeRO stage"),
+    "precision": ("bf16", "autocast", "fp32", "bf16: parameters in bf16, master copy in fp32; "
+                  "autocast: parameters in fp32"),
+    "max_grad_norm": (1.0, 1.0, 1.0, "gradient clipping"),
+    "gradient_checkpointing": (True, False, False, "recompute activations in the backward pass"),
+    "save_every": (200, 50, 25, "steps between checkpoints, from which the same command goes on"),
 }
 STOPPED = 75  # exit code of a stage that a signal stopped after a checkpoint (EX_TEMPFAIL)
 asked_to_stop, open_stages = {}, []
@@ -57,7 +57,7 @@ asked_to_stop, open_stages = {}, []
 def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     """Resolve a stage's hyperparameters: a flag if given, else the column of the run's preset.
 
-    hparams: {name: (paper value, toy value, help)}; add_flags(flag) adds the stage's own. → a
+    hparams: {name: (paper value, small, toy, help)}; add_flags(flag) adds the stage's own. → a
     namespace that also holds `run` (run.json) and `hparams`. --dry_run prints them and exits.
     """
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
@@ -65,7 +65,8 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     parser.error = lambda message: die(f"{message} ({parser.prog} --help lists the flags)")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="out", help="run directory (default: out)")
-    flag("--preset", choices=CHOICES["preset"], help="column of the table (default: the run's)")
+    flag("--preset", choices=CHOICES["preset"], help="column of the tables (default: "
+         "toy for --model tiny of stage 00, small for any other)")
     flag("--seed", type=int, help="random seed (default: the run's; 0)")
     flag("--limit", type=int, help="smoke run: at most N optimiser or roll-out steps in every "
          "loop, 64*N rows to train on and 16*N to evaluate")
@@ -81,29 +82,30 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     if add_flags:
         add_flags(parser.add_argument_group("stage").add_argument)
     flag = parser.add_argument_group("hyperparameters").add_argument
-    for name, (paper, toy, text) in hparams.items():
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(paper, bool) else \
-               {"type": type(paper), "choices": CHOICES.get(name)}
-        flag(f"--{name}", help=f"{text} (paper {paper}, toy {toy})", default=None, **kind)
+    for name, (*row, text) in hparams.items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(row[0], bool) else \
+               {"type": type(row[0]), "choices": CHOICES.get(name)}
+        values = ", ".join(f"{preset} {value}" for preset, value in zip(CHOICES["preset"], row))
+        flag(f"--{name}", help=f"{text} ({values})", default=None, **kind)
     args = parser.parse_args(argv)
 
     run_file = Path(args.out) / "run.json"
     args.run = read_json(run_file) if run_file.exists() and reads_run else {}
     if reads_run and not args.run and not args.dry_run:
         die(f"{run_file} is missing: run `python 00_data.py --out {args.out}` first")
-    for name, default in (("preset", "toy"), ("seed", 0), ("limit", None)):
+    column = "toy" if getattr(args, "model", None) in (None, "tiny") else "small"
+    for name, default in (("preset", column), ("seed", 0), ("limit", None)):
         if getattr(args, name) is None:
             setattr(args, name, args.run.get(name, default))
     if args.limit is not None and args.limit < 1:
         die(f"--limit must be positive, not {args.limit}")
+    if not 0 <= args.seed < 2**31:
+        die(f"--seed must lie between 0 and {2**31 - 1}, not {args.seed}")
     column = CHOICES["preset"].index(args.preset)
     for name, row in hparams.items():
         value = row[column] if getattr(args, name) is None else getattr(args, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            die(f"--{name} must be a finite number")
-        zero = name in ("freeze_prototypes", "equation_17")  # may be turned off
-        if type(row[0]) is int and value < (row[column] > 0 and not zero):
-            die(f"--{name} must be positive, not {value}")
+        if not isinstance(value, (bool, str)):
+            check_value(name, value, row)
         if args.limit and name == "save_every":
             value = min(value, max(1, args.limit // 2))  # a smoke run tries checkpoints too
         setattr(args, name, value)
@@ -283,6 +285,8 @@ def clean_up():
     if rank() == 0 and not any(list(s.dir.glob(name)) for s in open_stages for name in worth):
         for stage in open_stages:
             shutil.rmtree(stage.dir, ignore_errors=True)
+            if stage.out.is_dir() and os.listdir(stage.out) == [".lock"]:
+                shutil.rmtree(stage.out)
 
 
 launch = partial(base.launch, clean_up=clean_up)

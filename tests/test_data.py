@@ -54,8 +54,8 @@ def contents(out):
         if p.name != "metrics.jsonl"}
 
 
-def read(row, kind="pairs", model="tiny"):
-    return formats.read_row(row, kind, model, "general")
+def read(row, kind="pairs", model="tiny", template="auto"):
+    return formats.read_row(row, kind, formats.style_of(model, template), "general")
 
 
 def dropped(row, kind="pairs"):
@@ -127,9 +127,10 @@ def test_messages_through_the_chat_template(chat_model):
             "prompt": history, "chosen": spoken(("assistant", "yes")), "rejected": spoken(
                 ("assistant", " no"))}, model=chat_model)
     assert (row["prompt"], row["chosen"],
-            row["rejected"]) == ("<system>Be kind.<user>Hi<assistant>", "yes", "no")
-    # plain strings stay in HH form
-    assert read(pair(1), model=chat_model)["prompt"].startswith("\n\nHuman:")
+            row["rejected"]) == ("<s><system>Be kind.<user>Hi<assistant>", "yes", " no")
+    # plain strings too, but with --template hh
+    assert read(pair(1), model=chat_model)["prompt"] == "<s><user>Question 1?<assistant>"
+    assert read(pair(1), model=chat_model, template="hh") == read(pair(1))
 
 
 @pytest.mark.parametrize("spelling", ["chosen score list", "chosen_score_list"])
@@ -171,7 +172,7 @@ def test_sft_and_prompt_rows():
 # ---------------------------------------------------------------- drops and bad rows
 
 def test_drop_reasons():
-    assert dropped({"chosen": "Hi", "rejected": HI + " no"}) == "no assistant turn"
+    assert dropped({"chosen": "Hi", "rejected": HI + " no"}) == "column `prompt` is missing"
     assert dropped({"chosen": HI + " yes\n\nHuman: Bye",
                     "rejected": HI + " no"}) == "no assistant turn"
     assert dropped({"chosen": [], "rejected": []}) == "no assistant turn"
@@ -195,7 +196,7 @@ BAD = [
                               "rejected": HI + " b"}, {"chosen": [1, 2], "rejected": [1, 3]},
     {"prompt": 5, "chosen": "a",
      "rejected": "b"}, {"chosen": HI + " \ud800", "rejected": HI + " b"},
-    {"chosen": [{"role": "tool", "content": "x"}], "rejected": [{"role": "user", "content": "x"}]},
+    {"chosen": [{"role": "narrator", "content": "x"}], "rejected": [{"role": "user"}]},
     {"chosen": [{"role": "user"}], "rejected": [{"role": "user", "content": "x"}]},
     pair(1, margin=float("nan")),
     pair(1, chosen_score_list=[1.0]),
@@ -227,7 +228,7 @@ def test_counts_add_up_and_are_reported(tmp_path, capsys):
         pair(4, margin="a")]
     out = run(tmp_path / "out", "--preferences", write(tmp_path / "x.jsonl", rows),
               "--skip_bad_rows")
-    want = {"duplicate pair": 1, "no assistant turn": 1, "unreadable": 1}
+    want = {"column `prompt` is missing": 1, "duplicate pair": 1, "unreadable": 1}
     m = metrics(out)
     assert (m["read"], m["kept"],
             m["drops"]) == (23, 20, want) and m["read"] == m["kept"] + sum(want.values())
@@ -236,7 +237,8 @@ def test_counts_add_up_and_are_reported(tmp_path, capsys):
     assert "'duplicate pair': 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "a b", "no_slash", "toy:poems", "./", "x.txt"])
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "a b", "no_slash", "toy:poems", "./", "x.txt",
+                                    "*.csv", "x.jsonl/"])
 def test_unknown_sources(source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x.txt").write_text("Hi")
@@ -262,9 +264,12 @@ def test_command_line_hub_without_network_and_other_ranks(tmp_path):
             [sys.executable, ROOT / "00_data.py", "--out", tmp_path / "out", *flags], cwd=tmp_path,
             capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
 
-    done = start("--preset", "paper", HF_HOME=str(tmp_path / "cache"))
-    assert done.returncode == 2 and done.stderr.strip().count("\n") <= 1
-    assert "error: Anthropic/hh-rlhf" in done.stderr and "network" in done.stderr
+    cache = str(tmp_path / "cache")
+    for flags, says in (([], "cannot load --model meta-llama/Llama-2-7b-hf"),
+                        (["--model", "tiny"], "Anthropic/hh-rlhf:harmless-base cannot be read")):
+        done = start("--preset", "paper", *flags, HF_HOME=cache)
+        assert done.returncode == 2 and done.stderr.strip().count("\n") <= 1
+        assert f"error: {says}" in done.stderr
     assert not (tmp_path / "out" / "00_data").exists()
     done = start(RANK="1", WORLD_SIZE="2")
     assert done.returncode == 0 and not (tmp_path / "out" / "00_data").exists()
@@ -331,7 +336,8 @@ def test_split_by_prompt(tmp_path):
     assert saved == {
         "preset": "toy", "model": "tiny", "seed": 1, "limit": None, "preferences": [source],
         "sft": None, "prompts": None, "ood_prompts": None, "max_prompt_tokens": 80,
-        "max_response_tokens": 48, "world": None, "tasks": ["general"]}
+        "max_response_tokens": 48, "template": "auto", "world": None, "tasks": ["general"],
+        "form": "hh", "end": "", "lead": " ", "day": None}
 
 
 def test_judged_prompts_are_validated_first_and_two_prompts_suffice(tmp_path):
@@ -406,8 +412,9 @@ def test_toy_world(tmp_path):
         for task in saved["tasks"])
     assert contents(run(tmp_path / "b", *small)) == contents(out) != contents(
         run(tmp_path / "c", *small, "--seed", 1))
-    out = run(tmp_path / "d", *small[2:], "--preset", "paper", "--preferences", "toy:summary")
-    toy_size = data.HPARAMS["n_pairs"][1]  # the paper's column has none
+    out = run(tmp_path / "d", *small[2:], "--preset", "paper", "--model", "tiny",
+              "--preferences", "toy:summary")
+    toy_size = data.HPARAMS["n_pairs"][2]  # the paper's column has none
     assert metrics(out)["read"] == toy_size and json.loads(
         (out / "run.json").read_text())["tasks"] == ["summary"]
     assert json.loads(
@@ -449,7 +456,8 @@ def test_any_row_is_kept_dropped_or_reported(row, kind):
         clean = read(row, kind)
     except formats.Drop as reason:
         assert str(reason) in ("no assistant turn", "prompts differ", "empty prompt",
-                               "empty response", "identical responses")
+                               "empty response", "identical responses", "no preference",
+                               "column `prompt` is missing")
     except formats.Bad as problem:
         assert str(problem) and "\n" not in str(problem)
     else:

@@ -551,9 +551,19 @@ def test_shape_rewards_by_loops(seed, kl_beta):
     assert_close(rewards, torch.from_numpy(expected))
 
 
-def test_end_in_eos_ends_every_response_in_eos_once():
-    responses = [[5, 1], [5, 6]]
-    assert common.end_in_eos(responses, 1) == [[5, 1], [5, 6, 1]] and responses == [[5, 1], [5, 6]]
+def test_for_reward_ends_every_response_once_as_the_reward_model_reads_it():
+    class Tokenizer:
+        eos_token_id = 1
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": {"</s>.": [1, 9], "#": [8], "": []}[text]}
+    def ended(end, form="chat"):
+        return common.for_reward([[5, 1], [5, 6], [5, 8, 1]], Tokenizer(),
+                                 {"form": form, "end": end})
+    assert ended("", "hh") == [[5, 1], [5, 6, 1], [5, 8, 1]]
+    assert ended("</s>.") == [[5, 1, 9], [5, 6, 1, 9], [5, 8, 1, 9]]  # EOS, and what follows it
+    assert ended("#") == [[5, 8], [5, 6, 8], [5, 8]]  # no EOS in the template: a policy adds it
+    assert ended("") == [[5], [5, 6], [5, 8]]
 
 
 @examples

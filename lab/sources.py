@@ -1,0 +1,185 @@
+"""Where rows come from: files of any container, folders, globs, hub ids, the embedded world.
+
+A row that cannot be read is Bad, one that is left out a Drop; neither message has row contents.
+"""
+import csv
+import functools
+import glob
+import gzip
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+from lab import toy_world
+from lab.base import die, user_files
+
+TOY = {"toy": ("helpful", "harmless"), "toy:summary": ("summary",)}
+SUFFIXES, PACKED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"), (".gz", ".zst")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
+# their names tell the task
+FOLDERS = {"Anthropic/hh-rlhf": [f"Anthropic/hh-rlhf:{folder}" for folder in (
+    "harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")]}
+
+
+class Drop(Exception):
+    """A row that is left out; the message is the reason it is counted under."""
+
+
+class Bad(Exception):
+    """A row that cannot be read; the message says what is wrong, without the row's contents."""
+
+
+def container(path):
+    """(suffix, packing) of a file that can be read, in any case: (".jsonl", ".gz"); or None."""
+    name = str(path).lower()
+    packed = next((p for p in PACKED if name.endswith(p)), "")
+    suffix = next((s for s in SUFFIXES if name.removesuffix(packed).endswith(s)), None)
+    return (suffix, packed) if suffix and not (packed and suffix == ".parquet") else None
+
+
+def saved_to_disk(source):
+    return any((Path(source) / f).is_file() for f in ("dataset_dict.json", "state.json"))
+
+
+def parts(source):
+    """The sources that one stands for: the files of a folder or glob, the folders of a hub id."""
+    if source in TOY or Path(source).is_file() or saved_to_disk(source):
+        return [source]
+    if Path(source).is_dir():
+        return [p for p in user_files(source) if container(p)]
+    if any(c in source for c in "*?["):
+        return [p for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
+    return FOLDERS.get(source, [source])
+
+
+def files(source):
+    """Absolute paths of the user's own files that a source is read from."""
+    return [f for part in parts(source) if Path(part).exists() for f in user_files(part)]
+
+
+def check(sources):
+    """Stop on a source that is neither readable here nor a hub id nor the embedded world."""
+    for s in sources:
+        found, local = parts(s), Path(s).exists() or any(c in s for c in "*?[")
+        if local and not found:
+            die(f"{s} names no file that ends in one of {', '.join(SUFFIXES)}")
+        for p in found:
+            if Path(p).is_file() and not container(p):
+                die(f"{p}: a file must end in one of {', '.join(SUFFIXES)}, or in one of them and "
+                    f"{' or '.join(PACKED)}")
+        if not local and s not in TOY and (container(s) or not HUB_ID.fullmatch(s)):
+            die(f"{s} is no file or folder, no hub id (owner/name or owner/name:data_dir), not toy "
+                "and not toy:summary")
+
+
+def raw_rows(source, kind, args):
+    """Stream (place in the source, row or Bad) of one part. What is unreadable as a whole stops the
+    run with one line."""
+    hint = ""
+    try:
+        if source in TOY:
+            data = toy_data(source, args.seed, args.n_pairs, args.n_sft, args.n_prompts,
+                            args.n_eval)
+            chosen = [row for name, rows in data.items() if name.partition("_")[0] == kind
+                      for row in rows]
+            yield from enumerate(chosen, 1)
+        elif Path(source).is_file():
+            yield from file_rows(source)
+        else:
+            import datasets
+            name, _, folder = source.partition(":")
+            if Path(source).is_dir():
+                data = datasets.load_from_disk(source)
+                data = data if isinstance(data, dict) else {"": data}
+            else:
+                hint = ": it needs the network, or give a local file"
+                data = datasets.load_dataset(name, data_dir=folder or None)
+            for split, rows in data.items():
+                yield from ((f"{split}:{n}" if split else n, row) for n, row in enumerate(rows, 1))
+    # the libraries raise a dozen types when the network or a file is at fault
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:150]
+        die(f"{source} cannot be read ({type(error).__name__}: {reason}){hint}")
+
+
+def file_rows(path):
+    suffix, packed = container(path)
+    if suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile
+        for n, row in enumerate((row for b in ParquetFile(path).iter_batches(1000)
+                                 for row in b.to_pylist()), 1):
+            yield n, decoded(row)
+        return
+    with open_text(path, packed) as text:
+        yield from csv_rows(text) if suffix in (".csv", ".tsv") else json_rows(text)
+
+
+def decoded(row):
+    """A row with its columns of bytes as text, or Bad where they are none."""
+    try:
+        return {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
+    except UnicodeDecodeError:
+        return Bad("a column of bytes is not text in UTF-8")
+
+
+def open_text(path, packed):
+    """A text file, unpacked, in UTF-8 or in UTF-16 by its mark; bytes that are neither become
+    surrogates, which no clean row may have. Lines may end in LF, CRLF or CR."""
+    if packed == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            die(f"{path} needs a package: pip install zstandard")
+        file = zstandard.open(path, "rb")
+    else:
+        file = (gzip.open if packed else open)(path, "rb")
+    file = io.BufferedReader(file)
+    encoding = "utf-16" if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return io.TextIOWrapper(file, encoding, "surrogateescape")
+
+
+def csv_rows(text):
+    csv.field_size_limit(sys.maxsize)
+    header = text.readline()
+    delimiter = max(",;\t", key=header.count)
+    names = next(csv.reader([header], delimiter=delimiter))
+    rows = csv.DictReader(text, names, delimiter=delimiter)
+    for row in rows:
+        yield rows.line_num + 1, Bad("more cells than the header has") if None in row else row
+
+
+def json_rows(text):
+    """Rows of JSON lines, of one array, or of an object that holds one array of rows."""
+    numbered = enumerate(text, 1)
+    n, first = next(((n, line) for n, line in numbered if line.strip()), (1, ""))
+    whole = None
+    if first.lstrip().startswith("[") or isinstance(parse_line(first), Bad):  # not a row a line
+        rest = first + text.read()
+        with_rows = parse_line(rest)
+        if isinstance(with_rows, dict):
+            lists = [v for v in with_rows.values() if isinstance(v, list) and v
+                     and isinstance(v[0], dict)]
+            whole = lists[0] if len(lists) == 1 else [with_rows]
+        elif isinstance(with_rows, list) and all(isinstance(r, (dict, str)) for r in with_rows):
+            whole = with_rows
+        numbered = enumerate(rest.split("\n")[1:], n + 1)
+    if whole is not None:
+        yield from ((f"row {n}", row) for n, row in enumerate(whole, 1))
+        return
+    yield n, parse_line(first) if first else Bad("empty")
+    yield from ((n, parse_line(line)) for n, line in numbered if line.strip())
+
+
+def parse_line(line):
+    try:
+        line.encode()  # bytes that were no text stand as surrogates
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Bad(f"not JSON in UTF-8 ({getattr(error, 'msg', type(error).__name__)})")
+
+
+@functools.cache
+def toy_data(source, seed, *sizes):
+    return toy_world.build(seed, *sizes, tasks=TOY[source])

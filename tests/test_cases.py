@@ -1,0 +1,222 @@
+"""Odd rows and files from the field, a line each: why, the row, what it must give.
+
+Q, A, B are the question and the two responses that every row holds in some form. What a row gives
+is the prompt in HH form, or the reason of a Drop, or a part of the error of a Bad.
+"""
+import bz2
+import gzip
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = ROOT.parent / "shared/cases"
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+data = importlib.import_module("00_data")
+from lab import formats  # noqa: E402
+
+Q, A, B = "Why is the sky blue?", "Light scatters.", "Because."
+HH = f"\n\nHuman: {Q}\n\nAssistant:"
+AB = {"chosen": A, "rejected": B}
+SYSTEM = f"Be kind.{HH}"
+TALK = f"\n\nHuman: Hi\n\nAssistant: Hello.{HH}"
+TOOL = f"\n\nHuman: Hi\n\nTool: 42{HH}"
+CHATML = f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n"
+INST = f"<s>[INST] {Q} [/INST]"
+LLAMA3 = ("<|start_header_id|>user<|end_header_id|>\n\n" + Q + "<|eot_id|>"
+          "<|start_header_id|>assistant<|end_header_id|>\n\n")
+POST = "SUBREDDIT: r/sky\n\nTITLE: Blue\n\nPOST: " + Q + "\n\nTL;DR:"
+
+
+def user(text=Q):
+    return {"role": "user", "content": text}
+
+
+def says(text, role="assistant"):
+    return {"role": role, "content": text}
+
+
+BOTH = {"chosen": [user(), says(A)], "rejected": [user(), says(B)]}
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+TWO = {"response_0": A, "response_1": B}
+# (why, row, prompt or error)
+ROWS = [
+    ("HH, no final mark", {"prompt": f"\n\nHuman: {Q}", **AB}, HH),
+    ("HH, one newline", {"prompt": f"\nHuman: {Q}\nAssistant:", **AB}, HH),
+    ("HH, no newline before it", {"prompt": f"Human: {Q}\n\nAssistant:", **AB}, HH),
+    ("HH, CRLF", {"prompt": HH.replace("\n", "\r\n"), **AB}, HH),
+    ("HH, several turns, no final mark", {"prompt": TALK.removesuffix("\n\nAssistant:"), **AB}, TALK),
+    ("HH, text before the first mark", {"prompt": SYSTEM, **AB}, SYSTEM),
+    ("HH dialogues beside a plain prompt", {"prompt": Q, "chosen": HH + A, "rejected": HH + B}, HH),
+    ("HH dialogues beside another prompt", {"prompt": "X", "chosen": HH + A, "rejected": HH + B},
+     "prompts differ"),
+    ("HH, one newline in whole dialogues", {"chosen": f"Human: {Q}\nAssistant: {A}",
+                                            "rejected": f"Human: {Q}\nAssistant: {B}"}, HH),
+    ("HH mark inside a line is text", {"prompt": "Say Human: now", **AB},
+     "\n\nHuman: Say Human: now\n\nAssistant:"),
+    ("ChatML prompt", {"prompt": CHATML, **AB}, CHATML),
+    ("ChatML prompt, not opened", {"prompt": CHATML.removesuffix("<|im_start|>assistant\n"), **AB},
+     CHATML),
+    ("ChatML dialogues", {"chosen": f"{CHATML}{A}<|im_end|>\n", "rejected": f"{CHATML}{B}<|im_end|>"},
+     CHATML),
+    ("ChatML, prompt repeated", {"prompt": CHATML, "chosen": CHATML + A, "rejected": CHATML + B},
+     CHATML),
+    ("[INST] prompt", {"prompt": INST, **AB}, INST),
+    ("[INST] dialogues", {"chosen": f"{INST} {A} </s>", "rejected": f"{INST} {B} </s>"}, INST),
+    ("Llama 3 headers", {"prompt": LLAMA3, **AB}, LLAMA3),
+    ("system beside a templated prompt", {"prompt": CHATML, "system": "Be kind.", **AB}, "`system`"),
+    ("prompt repeated in both, HH", {"prompt": HH, "chosen": HH + A, "rejected": HH + B}, HH),
+    ("prompt repeated in one only is text", {"prompt": Q, "chosen": f"{Q} {A}", "rejected": B}, HH),
+    ("messages, prompt differs by white space", {"prompt": [user(f" {Q}\n")], **BOTH}, HH),
+    ("messages, system in prompt only", {"prompt": [says("Be kind.", "system"), user()], **BOTH},
+     SYSTEM),
+    ("messages beside another prompt", {"prompt": [user("X")], **BOTH}, "prompts differ"),
+    ("texts in lists beside a prompt", {"prompt": Q, "chosen": [A], "rejected": [B]}, HH),
+    ("a prompt of texts", {"prompt": ["Hi", "Hello.", Q], **AB}, TALK),
+    ("single messages", {"prompt": Q, "chosen": says(A), "rejected": says(B)}, HH),
+    ("JSON text of a prompt", {"prompt": json.dumps([user()]), **AB}, HH),
+    ("JSON text that is no messages", {"prompt": Q, "chosen": '{"a": 1}', "rejected": "[1]"}, HH),
+    ("content in parts", {"prompt": [{"role": "user", "content": [{"type": "text", "text": Q}]}],
+                          **AB}, HH),
+    ("a part that is no text", {"prompt": [{"role": "user", "content": [{"type": "image"}]}], **AB},
+     "not text (image)"),
+    ("roles in capitals", {"prompt": [says(Q, "USER")], "chosen": [says(A, "Assistant")],
+                           "rejected": [says(B, "ASSISTANT")]}, HH),
+    ("a tool's turn", {"prompt": [user("Hi"), says("42", "tool"), user()], **AB}, TOOL),
+    ("a role nobody knows", {"prompt": [says(Q, "narrator")], **AB}, "role"),
+    ("instruction and input", {"instruction": "Hi", "input": Q, **AB},
+     f"\n\nHuman: Hi\n\n{Q}\n\nAssistant:"),
+    ("question", {"question": Q, **AB}, HH),
+    ("query and history of pairs", {"query": Q, "history": [["Hi", "Hello."]], **AB}, TALK),
+    ("history of messages", {"prompt": Q, "history": [user("Hi"), says("Hello.")], **AB}, TALK),
+    ("history nobody knows", {"prompt": Q, "history": 5, **AB}, "`history`"),
+    ("a short input is no copy", {"prompt": Q, "input": "a", **AB},
+     f"\n\nHuman: {Q}\n\na\n\nAssistant:"),
+    ("system column that stands in the prompt", {"prompt": [says("Be kind.", "system"), user()],
+                                                 "system": "Be kind.", **AB}, SYSTEM),
+    ("context cannot be used", {"prompt": Q, "context": "the sky", **AB}, "`context`"),
+    ("tools without a template", {"prompt": Q, "tools": [CALL], **AB}, "`tools`"),
+    ("no tools", {"prompt": Q, "tools": [], **AB}, HH),
+    ("responses that differ in calls", {"prompt": Q, "chosen": [{**says("Look."), **CALL}],
+                                        "rejected": [says("Look.")]}, "`tool_calls`"),
+    ("responses that differ in reasoning", {
+        "prompt": Q, "chosen": [says("Yes.") | {"reasoning_content": "because"}],
+        "rejected": [says("Yes.")]}, "`reasoning_content`"),
+    ("content null", {"prompt": Q, "chosen": [says(None)], "rejected": [says(B)]}, "`content`"),
+    ("ms-swift, messages on both sides", {"messages": [user(), says(A)],
+                                          "rejected_messages": [user(), says(B)]}, HH),
+    ("PKU-SafeRLHF", {"prompt": Q, "response_0": B, "response_1": A, "better_response_id": 1,
+                      "safer_response_id": 0}, HH),
+    ("the safer one only", {"prompt": Q, **TWO, "safer_response_id": 0}, HH),
+    ("a choice by letter", {"prompt": Q, "response_a": A, "response_b": B, "winner": "model_a"}, HH),
+    ("a choice counted from one", {"prompt": Q, "answer_1": B, "answer_2": A, "choice": 2}, HH),
+    ("a tie", {"prompt": Q, "response_a": A, "response_b": B, "winner": "tie (bothbad)"},
+     "no preference"),
+    ("no choice", {"prompt": Q, **TWO}, "no column says"),
+    ("a choice nobody knows", {"prompt": Q, **TWO, "choice": 7}, "`choice`"),
+    ("SHP, A preferred", {"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1}, HH),
+    ("SHP, B preferred", {"history": Q, "human_ref_A": B, "human_ref_B": A, "labels": 0}, HH),
+    ("UltraFeedback, binarized", {"prompt": Q, **BOTH, "messages": BOTH["chosen"],
+                                  "score_chosen": 8.0, "score_rejected": 2.0}, HH),
+    ("UltraFeedback, scored", {"instruction": Q, "completions": [
+        {"response": B, "overall_score": 2}, {"response": A, "overall_score": 9},
+        {"response": "So.", "overall_score": 5}]}, HH),
+    ("UltraFeedback, equal scores", {"instruction": Q, "completions": [
+        {"response": B, "overall_score": 2}, {"response": A, "overall_score": 2}]},
+     "no preference"),
+    ("OpenAI's TL;DR", {"info": {"subreddit": "r/sky", "title": "Blue", "post": Q},
+                        "summaries": [{"text": B}, {"text": A}], "choice": 1},
+     f"\n\nHuman: {POST}\n\nAssistant:"),
+    ("OpenAI's news", {"info": {"article": Q}, "summaries": [{"text": A}, {"text": B}],
+                       "choice": 0}, f"\n\nHuman: ARTICLE: {Q}\n\nTL;DR:\n\nAssistant:"),
+    ("no prompt", AB, "column `prompt` is missing"),
+    ("no rejected", {"prompt": Q, "chosen": A}, "column `rejected` is missing"),
+    ("labels of single responses", {"prompt": Q, "completion": A, "label": True}, "column `label`"),
+]
+
+
+@pytest.mark.parametrize("why, row, want", ROWS, ids=[why for why, *_ in ROWS])
+def test_row(why, row, want):
+    style = formats.style_of("tiny")
+    try:
+        clean = formats.read_row(json.loads(json.dumps(row)), "pairs", style, "general")
+    except (formats.Drop, formats.Bad) as problem:
+        assert want in str(problem) and "\n" not in want and A not in str(problem)
+        return
+    assert clean["prompt"] == want
+    if "text" not in why:  # else a response is not A or B as it stands
+        bare = [clean[side].strip() for side in ("chosen", "rejected")]
+        assert bare == ([A, B] if "JSON text that" not in why else bare)
+
+
+PAIRS = [{"prompt": f"{Q} {i}", "chosen": f"{A} é", "rejected": B} for i in range(6)]
+LINES = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in PAIRS)
+CSV = "prompt,chosen,rejected\n" + "".join(f'"{p["prompt"]}","{p["chosen"]}",{B}\n' for p in PAIRS)
+
+
+def parquet(table, **columns):
+    import pyarrow
+    import pyarrow.parquet
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, **columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+# (why, {file: bytes}, source below the folder)
+FILES = [
+    ("CR ends lines", {"x.jsonl": LINES.replace("\n", "\r").encode()}, "x.jsonl"),
+    ("CRLF ends lines", {"x.jsonl": LINES.replace("\n", "\r\n").encode()}, "x.jsonl"),
+    ("a mark of UTF-8", {"x.jsonl": b"\xef\xbb\xbf" + LINES.encode()}, "x.jsonl"),
+    ("UTF-16 by its mark", {"x.jsonl": LINES.encode("utf-16")}, "x.jsonl"),
+    ("U+2028 inside a text ends no line", {"x.jsonl": LINES.replace("sky", "\u2028sky").encode()},
+     "x.jsonl"),
+    ("an array over many lines", {"x.json": json.dumps(PAIRS, indent=2).encode()}, "x.json"),
+    ("an object that holds the rows", {"x.json": json.dumps({"version": 1, "data": PAIRS},
+                                                            indent=1).encode()}, "x.json"),
+    ("CSV", {"X.CSV": CSV.encode()}, "X.CSV"),
+    ("CSV with semicolons", {"x.csv": CSV.replace(",", ";").encode("utf-8-sig")}, "x.csv"),
+    ("packed JSON", {"x.json.gz": gzip.compress(json.dumps(PAIRS).encode())}, "x.json.gz"),
+    ("a folder of files", {"d/a.jsonl": LINES[:LINES.index("\n") + 1].encode(), "d/notes.txt": b"x",
+                           "d/b/c.csv": CSV.replace(f"{Q} 0", f"{Q} 0").encode()}, "d"),
+    ("a glob", {"d/a.jsonl": LINES.encode(), "d/b.csv": b"no"}, "d/*.jsonl"),
+    ("Parquet with bytes", {"x.parquet": parquet([{k: v.encode() for k, v in p.items()}
+                                                  for p in PAIRS])}, "x.parquet"),
+]
+
+
+@pytest.mark.parametrize("why, files, source", FILES, ids=[why for why, *_ in FILES])
+def test_container(why, files, source, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    data.main(["--preferences", str(tmp_path / source), "--out", str(tmp_path / "out")])
+    rows = [json.loads(line) for split in ("train", "valid") for line in
+            open(tmp_path / f"out/00_data/{split}.jsonl", encoding="utf-8")]
+    assert sorted(r["prompt"].replace("\u2028", "") for r in rows) == sorted(
+        f"\n\nHuman: {p['prompt']}\n\nAssistant:" for p in PAIRS)
+    assert {(r["chosen"], r["rejected"]) for r in rows} == {(f" {A} é", f" {B}")}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.jsonl", b"\xff{}\n"), ("x.jsonl.bz2", bz2.compress(LINES.encode())),
+    ("x.jsonl.zst", b"no"), ("x.parquet.gz", b"no"), ("x.csv", b"prompt,chosen\n1,2,3\n")])
+def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        common.launch(lambda: data.main(["--preferences", str(tmp_path / name),
+                                         "--out", str(tmp_path / "out")]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and name in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the shared cases lie outside the project")
+def test_the_shared_cases_hold():
+    done = subprocess.run([sys.executable, CASES / "check.py"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout
