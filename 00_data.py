@@ -182,6 +182,8 @@ def main(argv=None):
     tasks = [name[5:] for name in splits if name.startswith("eval_")]
     world = "toy" if set(args.preferences) <= set(TOY) else None  # gold is known
     style = formats.style_of(args.model, args.template)
+    if style.tokenizer:  # 01 saves it with the models, which then write what they were trained on
+        common.write_text(run.dir / "chat_template.jinja", style.tokenizer.chat_template)
     values = run_values(args) | {"world": world, "tasks": tasks} | {
         key: getattr(style, key) for key in ("form", "end", "lead", "day")}
     run.finish(run=values, **counts.pop("pairs"),

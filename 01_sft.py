@@ -114,10 +114,12 @@ def main(argv=None):
     data = common.require(args, "00_data", "python 00_data.py")
     common.setup(args)
     base = [] if args.run["model"] == "tiny" else common.user_files(args.run["model"])
-    run = common.begin(args, "01_sft", ["00_data/sft.jsonl", *base])
+    run = common.begin(args, "01_sft", ["00_data/sft.jsonl", "00_data/chat_template.jinja", *base])
     rows = common.read_jsonl(data / "sft.jsonl")
     model, tokenizer = load_base(args, rows)
     pad_id = tokenizer.pad_token_id
+    if (data / "chat_template.jinja").exists():  # as 00 used it: with the date that it is told
+        tokenizer.chat_template = (data / "chat_template.jinja").read_text(encoding="utf-8")
     common.log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary "
                f"{len(tokenizer)}")
     policy_end, end = common.endings(tokenizer, args.run)  # the policy learns to say EOS last

@@ -93,7 +93,10 @@ def style_of(model, template="auto"):
     if not tokenizer.chat_template:
         return style
     style.form, style.tokenizer, style.lead = "chat", tokenizer, ""
-    style.day = DAY.isoformat() if "strftime_now" in str(tokenizer.chat_template) else None
+    tokenizer.chat_template, dated = re.subn(  # or the data would depend on the day
+        r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda m: repr(DAY.strftime(m[2])),
+        tokenizer.get_chat_template())
+    style.day = DAY.isoformat() if dated else None
     question, answer = {"role": "user", "content": "Who?"}, "An unlikely answer 4711."
     try:
         whole = apply_template(style, [question, {"role": "assistant", "content": answer}])
@@ -108,8 +111,7 @@ def style_of(model, template="auto"):
 def apply_template(style, history, tools=None, generate=False):
     try:
         return style.tokenizer.apply_chat_template(
-            history, tools=tools, tokenize=False, add_generation_prompt=generate,
-            strftime_now=DAY.strftime)
+            history, tools=tools, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # templates raise what they like
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise Bad(f"the chat template refuses the messages ({reason})") from None

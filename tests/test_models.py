@@ -1,0 +1,136 @@
+"""Base models of several families, each with a chat template of its own kind, from 00 to 08; what
+is saved behaves in stock transformers as it was trained. SmolLM2 where SMOLLM2 names its folder."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, python_stages
+
+HEADERS = ("{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}"
+           "<|eot|>{% endfor %}{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}")
+CHATML = ("{% if messages[0].role != 'system' %}<|im_start|>system\nBe of help.<|im_end|>\n"
+          "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THINK = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last"
+         " %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TURNS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception("
+         "'System role not supported') }}{% endif %}<start_of_turn>{{ 'model' if m.role == "
+         "'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")  # no EOS in it: Gemma
+INST = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+DATED = ("{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+         "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}")
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+# family: (configuration, chat template, EOS)
+FAMILIES = {
+    "llama": (transformers.LlamaConfig(**SIZE), HEADERS, "<|eot|>"),
+    "qwen2": (transformers.Qwen2Config(**SIZE), CHATML, "<|im_end|>"),
+    "qwen3": (transformers.Qwen3Config(**SIZE), THINK, "<|im_end|>"),
+    "gemma": (transformers.GemmaConfig(**SIZE), TURNS, "</s>"),
+    "gpt2": (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4), None, "</s>"),
+    "gpt_neox": (transformers.GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4), None,
+        "</s>"),
+    "phi3": (transformers.Phi3Config(**SIZE, pad_token_id=None), DATED, "<|end|>"),
+    "mixtral": (transformers.MixtralConfig(**SIZE, num_local_experts=2), INST, "</s>")}
+MARKS = ["<s>", "</s>", "<|h|>", "<|/h|>", "<|eot|>", "<|im_start|>", "<|im_end|>", "<|user|>",
+         "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|assistant|>", "<|system|>",
+         "<|endoftext|>"]
+
+
+def make(path, config, template, eos):
+    """A random base with the odd generation settings that real ones have, its tokenizer's padding
+    on the left and, but for the tokenizer, another EOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["How do I bake bread? Gladly."], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=MARKS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=eos,
+        padding_side="left")
+    fast.chat_template = template
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    config.update({"vocab_size": len(fast), "bos_token_id": 0, "eos_token_id": 5})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({
+        "temperature": 0.1, "num_beams": 3, "min_p": 0.5, "suppress_tokens": [40, 41],
+        "eos_token_id": [5, 6], "repetition_penalty": 3.0}))
+    return path
+
+
+def dialogue(i, side):
+    return [{"role": "user", "content": f"How do I bake bread {i}?"},
+            {"role": "assistant", "content": f"{'Gladly' if side else 'No'}: {i % 8 * 'so '}."}]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{family: its run directory}, all stages of all families in one process."""
+    folder, commands = tmp_path_factory.mktemp("families"), []
+    mine = folder / "mine.jsonl"
+    mine.write_text("".join(json.dumps(
+        {"id": str(i), "chosen": dialogue(i, 1), "rejected": dialogue(i, 0)}) + "\n"
+        for i in range(24)))
+    for family, parts in FAMILIES.items():
+        base, flags = make(folder / "bases" / family, *parts), ["--out", folder / family]
+        commands += [
+            ["00_data", *flags, "--preferences", mine, "--model", base, "--limit", 1,
+             "--max_prompt_tokens", 128, "--max_response_tokens", 64],
+            ["01_sft", *flags], ["02_rm_ensemble", *flags, "--M", 2, "--precision", "fp32"],
+            ["03_strength", *flags, "--M", 2, "--precision", "fp32"],
+            ["04_rm_denoise", *flags, "--methods", "baseline", "flip_margin"],
+            ["05_rm_contrastive", *flags, "--methods", "simcse"],
+            ["06_ppo", *flags], ["07_metarm", *flags], ["06_ppo", *flags, "--round", 1],
+            ["08_evaluate", *flags, "--M", 2]]
+    python_stages(*commands)
+    return {family: folder / family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family, runs):
+    out = runs[family]
+    run = json.loads((out / "run.json").read_text())
+    template = FAMILIES[family][1]
+    assert run["preset"] == "small" and run["form"] == ("chat" if template else "hh")
+    assert run["day"] == ("2024-07-26" if template == DATED else None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "02_rm_ensemble/rm_01")
+    assert tokenizer.padding_side == "right" and tokenizer.pad_token_id != tokenizer.eos_token_id
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(
+        out / "02_rm_ensemble/rm_01")
+    scored = 0
+    for split in ("train", "valid"):  # a stock classifier gives what stage 03 recorded, alone and
+        rows = [json.loads(x) for x in open(out / f"03_strength/{split}.jsonl")]  # in a batch
+        for side, name in enumerate(("rejected", "chosen")):
+            if template:
+                texts = [tokenizer.apply_chat_template(dialogue(int(r["id"]), side), tokenize=False)
+                         for r in rows]
+            else:
+                texts = [r["prompt"] + r[name] + tokenizer.eos_token for r in rows]
+            batch = tokenizer(texts, add_special_tokens=not template, padding=True,
+                              return_tensors="pt")
+            with torch.no_grad():
+                rewards = stock(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+            recorded = torch.tensor([r[f"{name}_score_list"][1] for r in rows])
+            assert (rewards[:, 0] - recorded).abs().max() < 1e-3
+            scored += len(rows)
+    assert scored == 48
+    for stage in ("01_sft", "06_ppo/round_1"):
+        written = json.loads((out / stage / "generation_config.json").read_text())
+        written.pop("transformers_version"), written.pop("_from_model_config", None)
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        assert written == {"bos_token_id": 0, "eos_token_id": eos, "pad_token_id": pad}
+        config = json.loads((out / stage / "config.json").read_text())
+        assert config["eos_token_id"] == eos and config["pad_token_id"] == pad
