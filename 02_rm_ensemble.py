@@ -7,11 +7,16 @@ minimises the Bradley-Terry loss (Eq. 2)
     L = -log sigma(r(x, y_c) - r(x, y_r))     (Eq. 1, whose misprint docs/readings.md names)
 
 Departures from the paper: (1) "the training order randomized" also gives each model its own head;
-(2) labels are used as they are: this stage never sees gold or judge labels.
+(2) labels are used as they are: this stage never sees gold or judge labels; (3) with --folds k,
+which is ours, model m leaves the fold m mod k of the prompts out, and stage 03 scores a pair by
+those models only that did not train on it (held_out.json).
 
     deepspeed 02_rm_ensemble.py                # all ten in one launch; finished ones are kept
     deepspeed --num_gpus 8 02_rm_ensemble.py --members 3    # train rm_03 only
 """
+import json
+import random
+
 import torch.nn.functional as F
 
 import common
@@ -19,6 +24,7 @@ import common
 HPARAMS = {
     # name: (paper, small, toy, help)
     "M": (10, 10, 10, "reward models in the ensemble"),
+    "folds": (0, 0, 0, "k: each model leaves a k-th of the prompts out, to score it; 0: none"),
     "epochs": (1.0, 1.0, 1.0, "passes over the preferences"),
     "batch_size": (32, 16, 32, "global batch, in pairs"),
     "micro_batch_size": (2, 4, 32, "pairs per process and forward pass"),
@@ -30,6 +36,14 @@ HPARAMS = {
 INPUTS = ["00_data/train.jsonl", "00_data/valid.jsonl", "01_sft"]
 
 
+def fold(groups, k, m, seed):
+    """The m-th of k folds of the pairs, whole prompts: their ids."""
+    prompts = sorted({tuple(g["prompt"]) for g in groups})
+    random.Random(seed).shuffle(prompts)
+    mine = set(prompts[m % k::k])
+    return {g["id"] for g in groups if tuple(g["prompt"]) in mine}
+
+
 def train_member(args, m, tokenizer, train, valid, sft):
     """Train and save reward model m. Its seed gives it a head and a data order of its own."""
     seed = args.seed * 1000 + m
@@ -37,6 +51,10 @@ def train_member(args, m, tokenizer, train, valid, sft):
     run = common.begin(args, f"02_rm_ensemble/rm_{m:02d}", INPUTS, keep=True)
     if run is None:
         return
+    if args.folds:
+        held_out = fold(train, args.folds, m, args.seed)
+        train = [g for g in train if g["id"] not in held_out]
+        common.write_text(run.dir / "held_out.json", json.dumps(sorted(held_out)) + "\n")
     steps = common.steps_for(args, len(train))
     model = common.load_reward_model(sft, args, head_seed=seed)
     rm = common.RewardEngine(model, args, tokenizer, train, steps)
@@ -57,6 +75,8 @@ def train_member(args, m, tokenizer, train, valid, sft):
 def main(argv=None):
     args = common.parse_args(__doc__, HPARAMS, lambda flag: flag(
         "--members", type=int, nargs="+", help="train only these (default: all M)"), argv)
+    if args.folds == 1 or args.folds and args.M % args.folds:
+        common.die("--folds must be 2 or more, and --M a multiple of it")
     data = common.require(args, "00_data", "python 00_data.py")
     sft = common.require(args, "01_sft", "python 01_sft.py")
     common.setup(args)

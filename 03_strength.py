@@ -7,7 +7,8 @@ data set. Also the numbers of Figure 1 (those columns), Figure 2 (groups.json), 
 (consistency.json) and Table 1 (table_1.jsonl: a wrong, an ambiguous and a strong pair); stage 09
 draws them.
 
-A data set that brings the ten scores along (the released one) needs no ensemble.
+A data set that brings its scores along (the released one) needs no ensemble. Where the models of
+stage 02 left folds out, a training pair has the scores of those that did not train on it.
 
 Departures from the paper: (1) pairs that are equal after truncation have no preference and are
 dropped, counted; (2) Figure 3's groups are of 500 validation pairs as the paper's, smaller when the
@@ -16,6 +17,7 @@ set is small (--group_size).
     deepspeed 03_strength.py               # or: python 03_strength.py
 """
 import json
+from pathlib import Path
 
 import numpy as np
 import scipy.stats
@@ -51,14 +53,26 @@ def annotate(args, rows, tokenizer, members):
                                for row in rows]).permute(2, 0, 1)
     else:
         rows, groups = common.encode_pairs(tokenizer, rows, args.run)
-        scores = torch.stack([common.score_by(member, groups, args, tokenizer)
-                              for member in members])                           # [M, N, 2]
+        scores = torch.stack(vote(args, groups, tokenizer, members), 1)         # [M, N, 2]
     mu_hat, sigma_hat = preference_strength(scores[..., 0] - scores[..., 1])    # [N]
     rounded = (scores * 1e4).round() / 1e4
     return [{**row, "chosen_score_list": rounded[:, i, 0].tolist(),
              "rejected_score_list": rounded[:, i, 1].tolist(),
              MEAN: mu_hat[i].item(), STD: sigma_hat[i].item(), "margin": mu_hat[i].item()}
             for i, row in enumerate(rows)]
+
+
+def vote(args, groups, tokenizer, members):
+    """Rewards of each pair under the models that may score it: a list of N tensors [M, 2]."""
+    votes = {g["id"]: [] for g in groups}
+    trained_on = {g["id"] for g in groups}
+    for member in members:
+        left_out = Path(member) / "held_out.json"
+        held_out = set(common.read_json(left_out)) if left_out.exists() else trained_on
+        mine = [g for g in groups if g["id"] in held_out] or groups  # validation pairs: in no fold
+        for g, rewards in zip(mine, common.score_by(member, mine, args, tokenizer)):
+            votes[g["id"]].append(rewards)
+    return [torch.stack(v) for v in votes.values()]
 
 
 def by_strength(rows, count):

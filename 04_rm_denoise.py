@@ -159,9 +159,14 @@ def main(argv=None):
         common.die("--name goes with one method: add --methods NAME")
     if args.name and not common.is_name(args.name):
         common.die(f"--name {args.name} cannot be a directory of this stage")
+    train, valid = (common.read_jsonl(strength / f"{split}.jsonl") for split in ("train", "valid"))
+    if args.percentile and not percentile_slice(train, *args.percentile):
+        common.die("--percentile leaves no pair: LO and HI are in per cent, 0 to 100, LO below HI")
+    for name in ("flip_below", "smoothing"):
+        if not 0 <= (getattr(args, name) or 0) <= 1:
+            common.die(f"--{name} must lie between 0 and 1")
     common.setup(args)
     tokenizer = common.load_tokenizer(sft)
-    train, valid = (common.read_jsonl(strength / f"{split}.jsonl") for split in ("train", "valid"))
     given = {k: getattr(args, k) for k in SWITCHES if getattr(args, k) is not None}
     values = args.hparams
     for method in args.methods:

@@ -4,39 +4,37 @@
 #   bash run_all.sh                            the embedded world, minutes on two CPU cores
 #   bash run_all.sh --preset paper --gpus 8    Llama-2-7B on HH-RLHF
 #   bash run_all.sh --preferences my.jsonl --model my/model --out out_mine
+#   bash run_all.sh clean --preferences my.jsonl --model my/model    a verdict on each pair
 #   bash run_all.sh experiments [--seeds 3]    every experiment of the paper (lab/experiments.py)
 #   bash run_all.sh test                       the test suite, in the same environment
 #   bash run_all.sh verify                     every hash of a run, from its last stage to the data
 #   bash run_all.sh replay --stage NAME        a stage again, elsewhere, hash by hash
 #
 #   --out DIR          run directory (default: out)
-#   --preset NAME      toy (default) or paper: the column of every stage's hyperparameter table
-#   --model NAME       base model, a path or hub id (default: tiny in toy, Llama-2-7B in paper)
+#   --model NAME       base model, a path or hub id (default: tiny; Llama-2-7B in paper)
+#   --preset NAME      paper, small or toy hyperparameters (default: toy for tiny, else small)
 #   --preferences S…   --sft S…   --prompts S…    files, hub ids, toy (00_data.py --help)
-#   --rounds R         MetaRM rounds (default: 3 in toy, 4 in paper, 1 with --limit)
+#   --rounds R         MetaRM rounds (default: 3, 4 in paper, 1 with --limit)
+#   --M N  --folds K  --texts    clean: N models vote (10), none on pairs that it trained on, shown
 #   --seed N           random seed (default: 0); experiments: --seeds N, for 0 to N-1
 #   --limit N          smoke run: at most N steps in every loop, 64*N rows to train on
-#   --gpus N           processes on this machine (default: all GPUs, or one process on a CPU)
-#   --hostfile F       machines, in DeepSpeed's format
+#   --gpus N           processes (default: all GPUs, or one on a CPU); --hostfile F: machines
 #   --from STAGE       run this stage (04, 07_metarm/round_2, ...) and all after it; --to STAGE: end
 #   --restart          begin an unfinished stage anew instead of going on from its checkpoint
 #   --dry_run          print every command with its resolved hyperparameters and run nothing
-#
-# A complete stage is skipped with one line, unless an input has changed, your files and model among
-# them; an unfinished one goes on from its checkpoint. Commands are kept in DIR/commands.log. Ctrl-C
-# and SIGTERM stop after the step in hand, with a checkpoint and exit code 75.
+# A complete stage is skipped, unless an input has changed, your files and model among them; an
+# unfinished one goes on from its checkpoint, with which Ctrl-C and SIGTERM stop (exit code 75).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
 # ---- flags: the driver's and the launcher's own here, all others go to lab/experiments.py
 given=$(printf ' %q' "$@")
-mode=run out=out stage='' gpus='' hostfile='' dry='' restart='' flags=()
-case ${1:-} in test|verify|replay|experiments) mode=$1; shift ;; esac
+mode=run out=out stage='' gpus='' hostfile='' dry_run='' restart='' flags=()
+case ${1:-} in test|verify|replay|experiments|clean) mode=$1; shift ;; esac
 while [ $# -gt 0 ] && [ $mode != test ]; do
   case $1 in
     -h|--help) sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
-    --dry_run) dry=--dry_run ;;
-    --restart) restart=--restart ;;
+    --dry_run|--restart) declare "${1#--}=$1" ;;
     --out|--stage|--gpus|--hostfile)
       [[ $# -gt 1 && $2 != --* ]] || fail "$1 needs a value"
       declare "${1#--}=$2"; shift ;;
@@ -44,7 +42,7 @@ while [ $# -gt 0 ] && [ $mode != test ]; do
   esac
   shift
 done
-[[ $mode = run || $mode = experiments || ${#flags[@]} -eq 0 ]] || fail "unknown flag ${flags[*]}"
+[[ $mode =~ run|experiments|clean || ${#flags[@]} -eq 0 ]] || fail "unknown flag ${flags[*]}"
 [[ $mode = replay || -z $stage ]] || fail "--stage goes with replay"
 [[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus takes a positive whole number, got: $gpus"
 
@@ -69,11 +67,11 @@ case $mode in
   test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
   verify|replay) exec python -m lab.verify "$out" ${stage:+--replay "$stage"} ;;
 esac
-# ---- launcher: one process on a machine without GPUs; a port of the run's own, for on DeepSpeed's
-# default one two runs on a machine stop each other
+# ---- launcher: one process without GPUs; a free port, for two runs on one stop each other
+port=$((20000 + $(cksum <<<"$PWD/$out" | cut -d' ' -f1) % 9000))
+while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
 [ -n "$gpus$hostfile" ] || nvidia-smi -L >/dev/null 2>&1 || { gpus=1; export DS_ACCELERATOR=cpu; }
-launcher=(${gpus:+--num_gpus "$gpus"} ${hostfile:+--hostfile "$hostfile"}
-  --master_port $((20000 + $(cksum <<<"$PWD/$out" | cut -d' ' -f1) % 9000)))
+launcher=(${gpus:+--num_gpus "$gpus"} ${hostfile:+--hostfile "$hostfile"} --master_port $port)
 stopping='' child=
 stop() {  # to the processes of the stage, not to the launcher, which would kill them after 30 s
   stopping=1
@@ -90,24 +88,25 @@ launch() {  # a command in a group of its own, so that Ctrl-C reaches its stage 
   return $result
 }
 if [ $mode = experiments ]; then
-  all=("${code}lab/experiments.py" --out "$out" "${flags[@]}" $restart $dry)
-  [ -z "$dry" ] || exec python "${all[@]}"
+  all=("${code}lab/experiments.py" --out "$out" "${flags[@]}" $restart $dry_run)
+  [ -z "$dry_run" ] || exec python "${all[@]}"
   launch deepspeed "${launcher[@]}" "${all[@]}" || fail "an experiment failed: try it again"
   launch python "${code}09_report.py" --out "$out" || fail "the report failed"
   echo "the page is $out/09_report/index.html"; exit 0
 fi
 # ---- the pipeline: lab/experiments.py says what is to do, in order, and what it will take
 begin=$SECONDS
-plan=$(python "${code}lab/experiments.py" --plan --out "$out" "${flags[@]}" $dry) || exit 2
-[ -z "$dry" ] || { echo "$plan"; exit 0; }
+[ $mode != clean ] || flags+=(--clean)
+plan=$(python "${code}lab/experiments.py" --plan --out "$out" "${flags[@]}" $dry_run) || exit 2
+[ -z "$dry_run" ] || { echo "$plan"; exit 0; }
 mkdir -p "$out" || fail "cannot make $out"
 exec 9>"$out/.run_all.lock"
 ! command -v flock >/dev/null || flock -n 9 || fail "another run_all.sh works on $out: wait"
 while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
-  if [ "$do" = note ]; then echo; echo "== $id"; continue; fi
-  if [ "$do" = skip ]; then echo "== $id is complete, skipped"; continue; fi
+  case $do in note) echo; echo "== $id"; continue ;;
+    skip) echo "== $id is complete, skipped"; continue ;; esac
   eval "command=(deepspeed $(printf '%q ' "${launcher[@]}") $quoted$script)"
-  case $id in 00_data|09_report) eval "command=(python $quoted$script)" ;; esac
+  case $id in 00_data|09_report|clean) eval "command=(python $quoted$script)" ;; esac
   echo; echo "== $id: $purpose"; echo "   ${command[*]}"; echo "   minutes expected: $minutes"
   printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"
   start=$SECONDS
@@ -115,6 +114,7 @@ while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
     fail "$id failed; run it again with: $activate$(printf '%q ' "${command[@]}")"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 done 3<<<"$plan"
+[ $mode != clean ] || { cat "$out/clean/summary.txt"; exit 0; }
 [ ! -f "$out/08_evaluate/tables.md" ] || cat "$out/08_evaluate/tables.md"
 echo "everything is in $out/ (page: $out/09_report/index.html, commands: $out/commands.log);" \
   "$(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"

@@ -13,6 +13,7 @@ preferences, so its ensemble has two models only.
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import sys
 from importlib import import_module
@@ -61,6 +62,17 @@ def pipeline(rounds, M=10):
         (["09_report"], "the figures and tables on one page", 8, "09_report.py")]
 
 
+def cleaning(args):
+    """What `run_all.sh clean` does: the pipeline up to the strength, and a verdict on each pair."""
+    voters = [f"--{name} {getattr(args, name)}" for name in ("M", "folds")
+              if getattr(args, name) is not None]
+    first = [(*row, " ".join([command, *voters[:2 if "02" in command else 1]]))
+             if command[:2] in ("02", "03") else (*row, command)
+             for *row, command in pipeline(0, args.M or 10)[:4]]
+    return [*first, (["clean"], "keep, flip or soften: a verdict on each pair", 5,
+                     "lab/clean.py" + " --texts" * args.texts)]
+
+
 # ---------------------------------------------------------------- what run_all.sh is to do
 
 def name_of(directories):
@@ -68,8 +80,10 @@ def name_of(directories):
     return directories[0] if len(directories) == 1 else directories[0].split("/")[0]
 
 
-def why(out, directories):
-    """Why a stage is to run, or None: it is complete, and made from what is here now."""
+def why(out, directories, command=""):
+    """Why a stage is to run, or None: it is complete, made with the command's flags, and from what
+    is here now."""
+    asked = re.findall(r"--(\w+) (\S+)", command)
     for name in directories:
         if not (out / name / "manifest.json").exists():
             return "missing"
@@ -78,6 +92,9 @@ def why(out, directories):
             return f"{name}/manifest.json is not what the stage wrote"
         if other := other_inputs(out, manifest):
             return f"was made from another {other[0]} than is here now"
+        for flag, value in asked:
+            if str(manifest["hyperparameters"].get(flag, value)) != value:
+                return f"was made with another --{flag}"
         if name == "08_evaluate":
             read = {path.rsplit("/", 1)[0] for path in manifest["inputs"]}
             missed = [p for p in finished(out) if p.startswith("06_ppo/") and p not in read]
@@ -112,18 +129,19 @@ def check_data(out, flags):
 def show_resolved(command, preset):
     """Print a command and, by its stage, the hyperparameters that it resolves to."""
     script, *flags = shlex.split(command)
-    print("python" if script[:2] in ("00", "09") else "deepspeed", command)
+    one = script in ("00_data.py", "09_report.py", "lab/clean.py")
+    print("python" if one else "deepspeed", command)
     sys.argv = [script]
     with contextlib.suppress(SystemExit):
-        import_module(script.removesuffix(".py")).main(
-            [*flags, "--dry_run", *(["--preset", preset] if preset else [])])
+        import_module(script.removesuffix(".py").replace("/", ".")).main(
+            [*flags, "--dry_run", "--preset", preset])
 
 
 def plan(args, flags):
     """Print a line for each stage of the run that run_all.sh is asked for: run or skip, its name,
     minutes expected, purpose and command, separated by tabs; and notes."""
     out, first = Path(args.out), args.start or "no"
-    run, stages = {}, pipeline(args.rounds or 99)
+    run, stages = {}, cleaning(args) if args.clean else pipeline(args.rounds or 99)
     for flag, value in (("--from", args.start), ("--to", args.to)):
         if value and not any(name_of(d).startswith(value) for d, *_ in stages):
             die(f"{flag} {value} is no stage (00_data, 04, 07_metarm/round_2, ...)")
@@ -144,14 +162,15 @@ def plan(args, flags):
     if not flags and (made := read_manifest(out, "00_data")):
         flags = recorded_flags(made)
     again = False
-    M = import_module("02_rm_ensemble").HPARAMS["M"][CHOICES["preset"].index(preset)]
-    stages = pipeline(rounds, M)
+    if not args.clean:
+        M = import_module("02_rm_ensemble").HPARAMS["M"][CHOICES["preset"].index(preset)]
+        stages = pipeline(rounds, M)
     last = max(i for i, (d, *_) in enumerate(stages)
                if not args.to or name_of(d).startswith(args.to))
     for directories, purpose, seconds, command in stages[:last + 1]:
         name, several = name_of(directories), len(directories) > 1  # those keep what is finished
         forced = name.startswith(first) or again and bool(args.start)
-        reason = None if args.dry_run else why(out, directories)
+        reason = None if args.dry_run else why(out, directories, command)
         if not again and reason and reason != "missing":
             print(f"note\t{name} {reason}: it runs again, and all after it")
         unfinished = any((out / f"{d}.partial").exists() for d in directories)
@@ -160,7 +179,7 @@ def plan(args, flags):
         command += f" --out {shlex.quote(args.out)}" + " --restart" * (forced and several)
         minutes = "unmeasured" if limit or preset != "toy" else f"{seconds / 60:.1f}"
         if args.dry_run:
-            show_resolved(command, args.preset)
+            show_resolved(command, preset)
             continue
         print("\t".join(("run" if again else "skip", name, minutes, purpose, command)))
     if args.start and not again:
@@ -319,6 +338,10 @@ def main():
     flag("--plan", action="store_true", help="of the pipeline: what run_all.sh is to do")
     flag("--from", dest="start", metavar="STAGE", help="with --plan: run this and all after it")
     flag("--to", metavar="STAGE", help="with --plan: nothing after this")
+    flag("--clean", action="store_true", help="with --plan: the stages of `run_all.sh clean`")
+    flag("--M", type=int, help="clean: reward models that vote (default: ten)")
+    flag("--folds", type=int, help="clean: each pair is scored by models that did not train on it")
+    flag("--texts", action="store_true", help="clean: show texts in doubtful.html")
     flag("--seeds", type=int, help="seeds 0 to N-1 (default: 3)")
     flag("--rounds", type=int, help="MetaRM rounds (pipeline: 3, 4 in paper, 1 with --limit; "
          "experiments: 5, 2 with --limit)")
@@ -332,6 +355,8 @@ def main():
     for name in ("preset", "limit"):
         value = getattr(args, name)
         data += [f"--{name}", str(value)] if value is not None else []
+    if not args.clean and (args.M or args.folds or args.texts):
+        die("--M, --folds and --texts go with clean")
     if args.plan and args.seeds is not None:
         die("--seeds goes with experiments")
     args.seeds = 3 if args.seeds is None else args.seeds

@@ -383,7 +383,7 @@ def final_table(seeds):
 
 def draw_01(seeds):
     figure = show([{"bars": {key: np.concatenate([d[key] for d in seeds])}, "hist": {"bins": 60},
-                    "xlabel": f"{key} of the preference difference, ten models",
+                    "xlabel": f"{key} of the preference difference",
                     "ylabel": "pairs", "at": [0] * (key == "mean")} for key in ("mean", "std")])
     return figure, [["seed", "pairs", "share with mean < 0", "median mean", "median std"]] + [
         [i, len(d["mean"]), *(f"{v:.3f}" for v in (

@@ -542,8 +542,16 @@ def read_pair(row, style):
 
 def read_dialogues(row, style):
     """(prompt, [chosen, rejected]) of a preference row in any format but --template none's."""
-    tools, values = take_tools(row, style), take_sides(row)
-    values = without_prompt(row, values, style)
+    tools = take_tools(row, style)
+    before, answers, _ = divide(row, style)
+    return write(style, before, answers, tools)
+
+
+def divide(row, style):
+    """Take prompt and responses out of a preference row → (messages or a templated prompt, [chosen,
+    rejected] as messages, the two as they came)."""
+    came = take_sides(row)
+    values = without_prompt(row, came, style)
     history, sides, drop = take_history(row), [], None
     for name, value in zip(("chosen", "rejected"), values):
         try:
@@ -555,7 +563,25 @@ def read_dialogues(row, style):
     (before, chosen), (other, rejected) = sides
     if before != other:
         raise Drop("prompts differ")
-    return write(style, before, [chosen, rejected], tools)
+    return before, [chosen, rejected], came
+
+
+def as_came(row, style):
+    """A preference row that `read_row` reads, in the layout that it came in, under TRL's names:
+    messages as messages, whole dialogues as texts, else a prompt's text and two responses'."""
+    row = {k: v for k, v in row.items() if v is not None}
+    given = row.get("prompt")
+    if style.form == "none":
+        return {k: row[k] for k in ("prompt", "chosen", "rejected") if k in row}
+    before, answers, came = divide(row, style)
+    texts = all(isinstance(parsed(v), str) for v in came)
+    if texts and isinstance(given, str):
+        return {"prompt": given, "chosen": came[0], "rejected": came[1]}
+    if texts and (isinstance(before, str) or any(map(is_transcript, came))):
+        return {"chosen": came[0], "rejected": came[1]}
+    if texts and len(before) == 1:
+        return {"prompt": before[0]["content"], "chosen": came[0], "rejected": came[1]}
+    return {"prompt": before, "chosen": answers[:1], "rejected": answers[1:]}
 
 
 def carried(row):

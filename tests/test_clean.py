@@ -1,0 +1,125 @@
+"""`run_all.sh clean`: the verdicts, the layout, the page, what TRL makes of it; and --folds."""
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, python_stages, run
+
+from lab import formats
+
+MEAN = "mean preference difference"
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def cleaned(small_run, tmp_path_factory):
+    """A small run, voted on again by two models that leave a fold out each, and cleaned."""
+    out = shutil.copytree(small_run, tmp_path_factory.mktemp("clean") / "out")
+    shutil.rmtree(out / "04_rm_denoise"), shutil.rmtree(out / "06_ppo")
+    flags = ["--out", out]
+    python_stages(["02_rm_ensemble", *flags, "--M", 2, "--folds", 2, "--limit", 5],
+                  ["03_strength", *flags, "--M", 2], ["lab.clean", *flags])
+    return out
+
+
+def test_every_pair_has_a_verdict_by_the_papers_rule(cleaned):
+    splits = {s: rows_of(cleaned / f"03_strength/{s}.jsonl") for s in ("train", "valid")}
+    rows = {r["id"]: r for r in rows_of(cleaned / "clean/train.jsonl")}
+    pairs = {r["id"]: r for r in splits["train"] + splits["valid"]}
+    assert rows.keys() == pairs.keys() and len(rows) == len(splits["train"]) + len(splits["valid"])
+    weakest = sorted(splits["train"], key=lambda r: r[MEAN])[:round(0.2 * len(splits["train"]))]
+    flips = {r["id"] for r in weakest if r[MEAN] < 0}
+    assert flips and flips == {r["id"] for r in rows.values()
+                               if r["verdict"] == "flip" and r["split"] == "train"}
+    for i, row in rows.items():
+        flip, mu_hat = row["verdict"] == "flip", pairs[i][MEAN]
+        assert row["verdict"] in ("flip", "soften") if mu_hat < 0 else row["verdict"] == "keep"
+        assert row["margin"] == (-mu_hat if flip else mu_hat) and row["prompt"] == pairs[i]["prompt"]
+        sides = [row[k].strip() for k in ("chosen", "rejected")]
+        want = [pairs[i][k].strip() for k in ("chosen", "rejected")]
+        assert sides == (want[::-1] if flip else want)
+    line = (cleaned / "clean/summary.txt").read_text()
+    assert line.count("\n") == 1 and f"{sum(r['verdict'] == 'flip' for r in rows.values())} flip" \
+        in line
+
+
+def test_the_page_shows_texts_only_when_asked(cleaned):
+    page = (cleaned / "clean/doubtful.html").read_text(encoding="utf-8")
+    row = min(rows_of(cleaned / "03_strength/train.jsonl"), key=lambda r: r[MEAN])
+    assert row["id"] in page and row["chosen"].strip() not in page
+    assert (cleaned / "clean/strength.png").stat().st_size > 5000
+    run("python", ROOT / "lab/clean.py", "--out", cleaned, "--texts")
+    assert row["chosen"].strip() in (cleaned / "clean/doubtful.html").read_text(encoding="utf-8")
+
+
+def test_with_folds_no_model_scores_what_it_was_trained_on(cleaned):
+    held_out = [set(json.loads((cleaned / f"02_rm_ensemble/rm_0{m}/held_out.json").read_text()))
+                for m in range(2)]
+    train = {r["id"]: r for r in rows_of(cleaned / "03_strength/train.jsonl")}
+    assert held_out[0] | held_out[1] == train.keys() and not held_out[0] & held_out[1]
+    by_prompt = {}
+    for i, row in train.items():
+        by_prompt.setdefault(row["prompt"], set()).add(i in held_out[0])
+    assert all(len(x) == 1 for x in by_prompt.values())
+    assert {len(r["chosen_score_list"]) for r in train.values()} == {1}
+    assert {len(r["chosen_score_list"]) for r in rows_of(
+        cleaned / "03_strength/valid.jsonl")} == {2}
+    steps = json.loads((cleaned / "02_rm_ensemble/rm_00/manifest.json").read_text())
+    assert steps["hyperparameters"]["folds"] == 2
+    import common
+    from types import SimpleNamespace
+    args = SimpleNamespace(precision="fp32", layout="auto", eval_batch_size=64, zero=0,
+                           run=json.loads((cleaned / "run.json").read_text()))
+    for m in range(2):  # the score is that of the model that left the pair out
+        rows = [r for r in train.values() if r["id"] in held_out[m]]
+        member = cleaned / f"02_rm_ensemble/rm_0{m}"
+        tokenizer = common.load_tokenizer(member)
+        groups = common.encode(tokenizer, rows, ("chosen", "rejected"), args.run)
+        scores = common.score_by(member, groups, args, tokenizer)
+        assert [r["chosen_score_list"][0] for r in rows] == pytest.approx(
+            scores[:, 0].tolist(), abs=2e-4)
+
+
+def test_folds_that_cannot_be_are_refused(cleaned):
+    for flags in (["--folds", 1], ["--folds", 3]):
+        done = run("python", "02_rm_ensemble.py", "--out", cleaned, "--M", 4, *flags, check=False)
+        assert done.returncode == 2 and "--folds must be" in done.stdout
+
+
+TALK, YES, NO = [{"role": "user", "content": "Hi"}], {"role": "assistant", "content": "Yes."}, \
+    {"role": "assistant", "content": "No."}
+HH = "\n\nHuman: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row, want", [
+    ({"prompt": TALK, "chosen": [YES], "rejected": [NO]}, None),
+    ({"chosen": [*TALK, YES], "rejected": [*TALK, NO], "score_chosen": 3},
+     {"prompt": TALK, "chosen": [YES], "rejected": [NO]}),
+    ({"chosen": HH + " Yes.", "rejected": HH + " No."}, None),
+    ({"prompt": HH, "chosen": " Yes.", "rejected": " No."}, None),
+    ({"instruction": "Hi", "response_0": "No.", "response_1": "Yes.", "choice": 1},
+     {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."})])
+def test_pairs_keep_the_layout_that_they_came_in(row, want):
+    assert formats.as_came(row, formats.style_of("tiny")) == (want or row)
+
+
+def test_trl_trains_on_it(cleaned, tmp_path):
+    import datasets
+    import transformers
+    from trl import RewardConfig, RewardTrainer
+    path, seen = cleaned / "02_rm_ensemble/rm_00", []
+    rows = datasets.Dataset.from_list(rows_of(cleaned / "clean/train.jsonl"))
+    trainer = RewardTrainer(
+        model=transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1),
+        args=RewardConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8,
+                          report_to=[], use_cpu=True, bf16=False, save_strategy="no"),
+        train_dataset=rows, processing_class=transformers.AutoTokenizer.from_pretrained(path))
+    collate = trainer.data_collator
+    trainer.data_collator = lambda x: seen.append(collate(x)) or seen[-1]
+    trainer.train()
+    margins = {round(r["margin"], 4) for r in rows}
+    assert all(round(m, 4) in margins for batch in seen for m in batch["margin"].tolist())
+    assert trainer.state.global_step == 2
