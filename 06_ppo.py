@@ -31,7 +31,7 @@ HPARAMS = {
     # name: (paper, small, toy, help)
     "iterations": (2000, 100, 30, "roll-out steps"),
     "batch_size": (32, 16, 16, "prompts per roll-out step, global"),
-    "rollouts": (16, 4, 4, "K, responses per prompt"),
+    "rollouts": (16, 4, 4, "K, responses per prompt (paper: of its follow-up; B.2 says 4)"),
     "ppo_epochs": (1, 1, 1, "passes over each step's roll-outs"),
     "minibatch_size": (32, 8, 8, "prompts per optimiser step, global"),
     "micro_batch_size": (1, 2, 8, "prompts (with their roll-outs) per process and forward pass"),

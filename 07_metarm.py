@@ -14,9 +14,10 @@ A tenth of the prompts is held back to measure J, at theta and at theta' (held_b
 16); equation_17.json measures Eqs. 15 to 17.
 
 Departures from the paper: (1) Eq. 14 is AdamW's step, as in all stages; (2) first order: g is
-applied to theta as it is (Algorithm 1), without the Jacobian of Eq. 15; (3) eta, k and m are not in
-the paper; (4) the paper preset trains in autocast at ZeRO-3 where 04 uses bf16 at ZeRO-2, so
-compare J with a 04 run in the same precision.
+applied to theta as it is (Algorithm 1), without the Jacobian of Eq. 15; (3) eta, k, m, n and the
+first round's samples from pi^SFT (--first_samples) are not in the paper: its column has those of
+the authors' follow-up (Dou et al., AAAI 2025, arXiv 2405.00438); (4) the paper preset trains in
+autocast at ZeRO-3 where 04 uses bf16 at ZeRO-2, so compare J with a 04 run in the same precision.
 
     deepspeed 07_metarm.py --round 1
     deepspeed 07_metarm.py --round 2 --eta 0     # toy: bit for bit the baseline of stage 04
@@ -37,6 +38,7 @@ HPARAMS = {
     "eta": (5e-6, 5e-6, 0.1, "step size eta of the meta ascent, Eq. 12"),
     "k": (5, 4, 4, "responses sampled per prompt"),
     "meta_batch_size": (16, 16, 16, "m, prompts of X_s in a step, global"),
+    "first_samples": ("sft", "policy", "policy", "who answers for round 1: pi^SFT, or round 0's"),
     "meta_prompts": (2000, 320, 320, "prompts sampled; a tenth is held back to measure J"),
     "epochs": (1.0, 1.0, 1.0, "passes over the preferences"),
     "batch_size": (16, 16, 32, "n, pairs of X_t in a step, global"),
@@ -233,11 +235,11 @@ def main(argv=None):
     strength = common.require(args, "03_strength", "python 03_strength.py")
     sft = common.require(args, "01_sft", "python 01_sft.py")
     vanilla = common.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
-    policy = common.require(args, f"06_ppo/round_{r - 1}", f"python 06_ppo.py --round {r - 1}")
+    source = "01_sft" if r == 1 and args.first_samples == "sft" else f"06_ppo/round_{r - 1}"
+    policy = common.require(args, source, f"python 06_ppo.py --round {r - 1}")
     common.setup(args)
-    run = common.begin(args, f"07_metarm/{args.name or f'round_{r}'}", [
-        "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline",
-        f"06_ppo/round_{r - 1}"])
+    run = common.begin(args, f"07_metarm/{args.name or f'round_{r}'}", dict.fromkeys([
+        "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", source]))
     tokenizer = common.load_tokenizer(sft)
     rows = common.read_jsonl(data / "prompts.jsonl")  # in the sources' order: draw, anew each round
     count = min(args.meta_prompts, 16 * (args.limit or args.meta_prompts), len(rows))

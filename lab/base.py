@@ -21,6 +21,9 @@ import numpy  # noqa: E402  (after the environment is set)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):  # a terminal of Latin-1 shows ? for what it lacks
+        stream.reconfigure(errors="replace")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
 HERE = Path(__file__).resolve().parents[1]

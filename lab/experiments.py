@@ -29,7 +29,6 @@ from lab.record import CHOICES, differences, promote  # noqa: E402
 
 METHODS = list(import_module("04_rm_denoise").METHODS)
 CONTRASTIVE = list(import_module("05_rm_contrastive").METHODS)
-STRENGTHS = (0.01, 0.1, 1, 10)  # of eta, and of lambda in L - lambda J
 
 
 def rounds_of(count):
@@ -206,8 +205,9 @@ def part(low, high, purpose):
             f"--epochs {100 / (high - low):.4g} --name {name}")
 
 
-def pairs_table(rounds):
-    """The pipeline without its page, and every experiment, in order."""
+def pairs_table(rounds, usual):
+    """The pipeline without its page, and every experiment, in order; `usual`: stage 07's eta."""
+    strengths = [f"{usual * factor:g}" for factor in (0.1, 1, 10, 100)]  # of eta, and of lambda
     models = [*(f"04_rm_denoise/{name}" for name in METHODS),
               *(f"05_rm_contrastive/{name}" for name in CONTRASTIVE),
               *(f"07_metarm/round_{r}" for r in range(1, rounds + 1))]
@@ -240,10 +240,10 @@ def pairs_table(rounds):
           for r in range(1, min(3, rounds) + 1)),
         # matched strength, lambda = eta: both are the factor of the same gradient of J
         *(([f"07_metarm/eta_{eta}"], "MetaRM beside L - lambda J", 23, f"07_metarm.py --round 1 "
-           f"--eta {eta} --equation_17 0 --name eta_{eta}") for eta in STRENGTHS),
+           f"--eta {eta} --equation_17 0 --name eta_{eta}") for eta in strengths),
         *(([f"07_metarm/joint_{lam}"], "MetaRM beside L - lambda J", 20,
-           f"lab/joint.py --round 1 --lam {lam} --name joint_{lam}") for lam in STRENGTHS),
-        (["06_ppo/joint"], "MetaRM beside L - lambda J", 30, "06_ppo.py --rm joint_{eta} "
+           f"lab/joint.py --round 1 --lam {lam} --name joint_{lam}") for lam in strengths),
+        (["06_ppo/joint"], "MetaRM beside L - lambda J", 30, f"06_ppo.py --rm joint_{usual:g} "
          "--start round_0 --name joint --seed 9{seed}1"),
         (["08_best_of_n"], "best of n under each reward model", 110,
          f"lab/best_of_n.py --n {{n}} --models {' '.join(models)}"),
@@ -277,10 +277,10 @@ def listed(args, data):
     toy, limited, todo = args.preset == "toy", bool(args.limit), []
     column = CHOICES["preset"].index(args.preset)
     rounds = args.rounds or (2 if limited else 5)
-    words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250, "n": 4 if limited else 64,
-             "eta": import_module("07_metarm").HPARAMS["eta"][column]}
+    words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250, "n": 4 if limited else 64}
+    eta = import_module("07_metarm").HPARAMS["eta"][column]
     for seed in range(args.seeds):
-        runs = [(f"seed_{seed}", pairs_table(rounds))]
+        runs = [(f"seed_{seed}", pairs_table(rounds, eta))]
         if toy and "--preferences" not in data:
             runs.append((f"summary_{seed}", summary_table(rounds)))
         for run, table in runs:

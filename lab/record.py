@@ -38,7 +38,8 @@ from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
 CHOICES = {"preset": ("paper", "small", "toy"), "zero": (0, 1, 2, 3),
-           "precision": ("fp32", "bf16", "autocast"), "layout": ("auto", "shared", "separate")}
+           "precision": ("fp32", "bf16", "autocast"), "layout": ("auto", "shared", "separate"),
+           "first_samples": ("sft", "policy")}
 # Rows shared by the tables of all training stages: name: (paper, small, toy, help).
 TRAINING = {
     "zero": (2, 0, 0, "DeepSpeed ZeRO stage"),

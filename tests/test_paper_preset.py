@@ -15,10 +15,12 @@ PAPER = {  # appendix B.2
         "batch_size": 16, "lr": 5e-6, "dropout": 0.05, "simcse_beta": 1,
         "swav_diff_prototypes": 20, "swav_diff_beta": 0.5, "swav_prototypes": 50, "swav_beta": 0.1},
     "06_ppo": {
-        "actor_lr": 5e-7, "critic_lr": 1.5e-6, "iterations": 2000, "batch_size": 32, "rollouts": 4,
+        "actor_lr": 5e-7, "critic_lr": 1.5e-6, "iterations": 2000, "batch_size": 32, "rollouts": 16,
         "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "lam": 0.95, "gamma": 1,
         "kl_beta": 0.05, "reward_clip": 0.8},
-    "07_metarm": {"batch_size": 32, "lr": 5e-6, "temperature": 0.8, "top_p": 0.9,
+    # and of the follow-up (AAAI 2025), with its 16 roll-outs above
+    "07_metarm": {"eta": 5e-6, "k": 5, "batch_size": 16, "meta_batch_size": 16, "lr": 5e-6,
+                  "first_samples": "sft", "temperature": 0.8, "top_p": 0.9,
                   "repetition_penalty": 1.1},
     "08_evaluate": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1},
     "00_data": {"max_response_tokens": 512, "valid_fraction": 0.1},

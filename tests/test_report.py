@@ -181,7 +181,7 @@ def test_the_joint_objective_is_the_mean_of_L_minus_lambda_times_that_of_J():
 def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
     """Each line is parsed by its stage (--dry_run), no two write the same directory, and every
     figure has one."""
-    for table in (experiments.pairs_table(5), experiments.summary_table(5)):
+    for table in (experiments.pairs_table(5, 0.1), experiments.summary_table(5)):
         names = [name for names, *_ in table for name in names]
         assert len(set(names)) == len(names)
         for *_, command in table:
@@ -190,7 +190,7 @@ def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
             with pytest.raises(SystemExit) as stop:
                 stage.main([*flags, "--out", str(tmp_path), "--dry_run"])
             assert stop.value.code == 0
-    made = [name for names, *_ in experiments.pairs_table(5) for name in names]
+    made = [name for names, *_ in experiments.pairs_table(5, 0.1) for name in names]
     for name, (_, _, patterns, _, _) in figures.FIGURES.items():
         for pattern in patterns:
             assert any(fnmatch(m, pattern) for m in made), f"{name}: {pattern}"
@@ -200,7 +200,7 @@ def test_the_driver_prints_the_list(tmp_path):
     out = tmp_path / "out"
     lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--seeds", 2, "--limit", 2,
                 "--out", out).stdout.splitlines()
-    rows = experiments.pairs_table(2) + experiments.summary_table(2)
+    rows = experiments.pairs_table(2, 0.1) + experiments.summary_table(2)
     assert len(lines) == 2 * len(rows) and not out.exists()
     assert lines[0].split("  #")[0].strip() == f"00_data.py --limit 2 --seed 0 --out {out}/seed_0"
 

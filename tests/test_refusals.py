@@ -1,0 +1,165 @@
+"""What cannot work is refused at once: one line that names the flag or the file, exit code 2, and
+nothing left behind. And what should not stop a run does not."""
+import importlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, run
+
+import common
+
+FLAGS = [
+    ("00_data", ["--seed", 2**31], "--seed"), ("00_data", ["--valid_fraction", 1.5], "--valid_f"),
+    ("00_data", ["--max_prompt_tokens", 0], "--max_prompt_tokens"),
+    ("01_sft", ["--lr", 0], "--lr"), ("01_sft", ["--lr", "nan"], "--lr"),
+    ("01_sft", ["--warmup", 2], "--warmup"), ("02_rm_ensemble", ["--epochs", 0], "--epochs"),
+    ("02_rm_ensemble", ["--epochs", -1], "--epochs"), ("02_rm_ensemble", ["--M", 0], "--M"),
+    ("02_rm_ensemble", ["--batch_size", 0], "--batch_size"),
+    ("02_rm_ensemble", ["--M", 3, "--folds", 2], "--folds"),
+    ("03_strength", ["--groups", 0], "--groups"),
+    ("04_rm_denoise", ["--percentile", 50, 50], "--percentile"),
+    ("04_rm_denoise", ["--percentile", 90, 10], "--percentile"),
+    ("04_rm_denoise", ["--smoothing", 2], "--smoothing"),
+    ("04_rm_denoise", ["--flip_below", -1], "--flip_below"),
+    ("05_rm_contrastive", ["--simcse_beta", -1], "--simcse_beta"),
+    ("05_rm_contrastive", ["--dropout", 2], "--dropout"),
+    ("05_rm_contrastive", ["--epsilon", "inf"], "--epsilon"),
+    ("06_ppo", ["--top_p", 2], "--top_p"), ("06_ppo", ["--top_p", 0], "--top_p"),
+    ("06_ppo", ["--kl_beta", -1], "--kl_beta"), ("06_ppo", ["--temperature", 0], "--temperature"),
+    ("06_ppo", ["--rollouts", 0], "--rollouts"), ("07_metarm", ["--k", 1], "--k"),
+    ("07_metarm", ["--eta", -0.1], "--eta"), ("07_metarm", ["--first_samples", "x"], "--first_sam"),
+    ("08_evaluate", ["--repetition_penalty", 0], "--repetition_penalty")]
+
+
+@pytest.mark.parametrize("stage, flags, names", FLAGS)
+def test_a_value_that_cannot_be_meant(stage, flags, names, small_run, capsys, tmp_path):
+    out = tmp_path / "out" if stage == "00_data" else small_run
+    before = sorted(small_run.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(stage).main(["--out", str(out), *map(str, flags)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and names in error
+    assert sorted(small_run.rglob("*")) == before and not (tmp_path / "out").exists()
+
+
+def test_too_few_pairs_are_refused_before_anything_is_trained(tmp_path, capsys):
+    rows = [{"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No."} for i in range(6)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = ["--out", str(tmp_path / "out")]
+    importlib.import_module("00_data").main([*flags, "--preferences", str(tmp_path / "x.jsonl")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("01_sft").main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "5 pairs to train on and 1 to validate" in error
+    assert not list((tmp_path / "out").glob("01_sft*"))
+
+
+def a_base(path, config, eos="</s>", weights="model.safetensors"):
+    from tokenizers import Tokenizer, models
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token=eos).save_pretrained(path)
+    config.save_pretrained(path)
+    (path / weights).write_bytes(b"")
+    return path
+
+
+LLAMA = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+         "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda p: p / "nowhere", "nowhere"),
+    (lambda p: a_base(p, transformers.MambaConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, architectures=["MambaForCausalLM"])),
+     "no sequence classifier for mamba"),
+    (lambda p: a_base(p, transformers.BertConfig(architectures=["BertForMaskedLM"])),
+     "not a causal language model"),
+    (lambda p: a_base(p, transformers.LlamaConfig(vocab_size=8, **LLAMA), eos=None), "EOS"),
+    (lambda p: a_base(p, transformers.LlamaConfig(vocab_size=1, **LLAMA)), "larger vocabulary"),
+    (lambda p: a_base(p, transformers.LlamaConfig(vocab_size=8, **LLAMA),
+                      weights="pytorch_model.bin"), "no *.safetensors"),
+    (lambda p: a_base(p, transformers.LlamaConfig(
+        vocab_size=8, max_position_embeddings=64, **LLAMA)), "reads 64 tokens")])
+def test_a_base_model_that_cannot_be_trained_is_refused_in_00(make, says, tmp_path, capsys):
+    model = make(tmp_path / "model")
+    with pytest.raises(SystemExit) as stop:
+        common.launch(lambda: importlib.import_module("00_data").main(
+            ["--model", str(model), "--out", str(tmp_path / "out")]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_of_any_script_keep_their_own_evaluation_sets(tmp_path):
+    tasks = ("帮助", "無害", "Größe/x", "помощь")
+    rows = [{"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No.", "task": tasks[i % 4]}
+            for i in range(80)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    importlib.import_module("00_data").main(["--preferences", str(tmp_path / "x.jsonl"), "--out",
+                                             str(tmp_path / "out"), "--valid_fraction", "0.5"])
+    assert {p.name for p in (tmp_path / "out/00_data").glob("eval_*")} == {
+        "eval_帮助.jsonl", "eval_無害.jsonl", "eval_größe_x.jsonl", "eval_помощь.jsonl"}
+
+
+def test_a_relative_model_works_from_any_folder_and_a_latin_terminal_ends_nothing(tmp_path):
+    from test_models import FAMILIES, make
+    make(tmp_path / "base", *FAMILIES["gpt2"])
+    rows = [{"prompt": f"Why {i}?", "chosen": "So “it” is.", "rejected": "No.", "task": "帮助"}
+            for i in range(30)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    env = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    code = "import importlib, sys\nfor s in sys.argv[1].split(): importlib.import_module(s)" \
+        ".main(sys.argv[2:])"
+    for cwd, stages, flags in ((tmp_path, "00_data", ["--model", "base", "--preferences",
+                                                      "x.jsonl", "--limit", "1",
+                                                      "--max_response_tokens", "8"]),
+                               (ROOT, "01_sft", []), (ROOT, "02_rm_ensemble 03_strength",
+                                                      ["--M", "2"]),
+                               (ROOT, "04_rm_denoise", ["--methods", "baseline"]),
+                               (ROOT, "06_ppo", []), (ROOT, "08_evaluate", ["--M", "2"])):
+        done = subprocess.run([sys.executable, "-c", code, stages, *flags, "--out",
+                               str(tmp_path / "out")], cwd=cwd, env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode("latin-1")[-2000:]
+    assert "eval_??" in done.stdout.decode("latin-1")
+    assert json.loads((tmp_path / "out/run.json").read_text())["model"] == str(tmp_path / "base")
+
+
+def test_a_port_in_use_is_left_to_its_user(tmp_path):
+    """run_all.sh takes the next one. What it would run is stopped by a stage that is missing."""
+    flags = ["--out", tmp_path / "out", "--limit", 1, "--to", "01"]
+    first = run("bash", "run_all.sh", *flags)
+    port = int(re.search(r"--master_port (\d+)", first.stdout)[1])
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        again = run("bash", "run_all.sh", *flags, "--from", "01")
+    assert f"--master_port {port + 1}" in again.stdout
+
+
+def test_what_cannot_be_saved_fails_before_it_is_trained(small_run, run_copy, monkeypatch, capsys):
+    sft = importlib.import_module("01_sft")
+
+    def refuse(*args):
+        raise ValueError("GenerationConfig is invalid")
+    monkeypatch.setattr(common, "save_model", refuse)
+    monkeypatch.setattr(sft, "nll", lambda *args: pytest.fail("trained all the same"))
+    with pytest.raises(ValueError, match="invalid"):
+        sft.main(["--out", str(run_copy), "--limit", "2", "--restart"])
+    assert torch.is_grad_enabled()
+
+
+def test_a_base_that_is_harmed_is_told(run_copy, monkeypatch, capsys):
+    sft, values = importlib.import_module("01_sft"), iter([10.0, 21.0])
+    monkeypatch.setattr(sft, "perplexity", lambda *args: next(values))
+    sft.main(["--out", str(run_copy), "--limit", "1", "--restart"])
+    assert "warning: perplexity 21.0" in capsys.readouterr().out
