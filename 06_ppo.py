@@ -29,7 +29,7 @@ from lab import judges
 
 HPARAMS = {
     # name: (paper, small, toy, help)
-    "iterations": (2000, 100, 30, "roll-out steps"),
+    "iterations": (2000, 50, 30, "roll-out steps"),
     "batch_size": (32, 16, 16, "prompts per roll-out step, global"),
     "rollouts": (16, 4, 4, "K, responses per prompt (paper: of its follow-up; B.2 says 4)"),
     "ppo_epochs": (1, 1, 1, "passes over each step's roll-outs"),
@@ -49,7 +49,7 @@ HPARAMS = {
     "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
     "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
     "generate_batch_size": (4, 16, 16, "prompts per process and call of generate"),
-    "eval_every": (100, 20, 10, "steps between samples of the same ten prompts"),
+    "eval_every": (100, 10, 10, "steps between samples of the same ten prompts"),
     **common.TRAINING,
     "zero": (3, 0, 0, "DeepSpeed ZeRO stage"),
 }

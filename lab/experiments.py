@@ -63,11 +63,11 @@ def pipeline(rounds, M=10):
 
 def cleaning(args):
     """What `run_all.sh clean` does: the pipeline up to the strength, and a verdict on each pair."""
-    voters = [f"--{name} {getattr(args, name)}" for name in ("M", "folds")
-              if getattr(args, name) is not None]
-    first = [(*row, " ".join([command, *voters[:2 if "02" in command else 1]]))
-             if command[:2] in ("02", "03") else (*row, command)
-             for *row, command in pipeline(0, args.M or 10)[:4]]
+    M, folds = (f" --{name} {value}" if value is not None else ""
+                for name, value in (("M", args.M), ("folds", args.folds)))
+    more = {"02_rm_ensemble.py": M + folds, "03_strength.py": M}
+    first = [(*row, command + more.get(command, ""))
+             for *row, command in pipeline(0, 10 if args.M is None else args.M)[:4]]
     return [*first, (["clean"], "keep, flip or soften: a verdict on each pair", 5,
                      "lab/clean.py" + " --texts" * args.texts)]
 

@@ -83,6 +83,22 @@ def test_with_folds_no_model_scores_what_it_was_trained_on(cleaned):
             scores[:, 0].tolist(), abs=2e-4)
 
 
+@pytest.mark.parametrize("flags", [[], ["--M", "4"], ["--folds", "2"], ["--M", "4", "--folds", "2"],
+                                   ["--texts"]])
+def test_the_driver_gives_each_stage_its_own_flags(flags, tmp_path):
+    done = run("bash", "run_all.sh", "clean", "--dry_run", *flags, "--out", tmp_path / "out")
+    commands = [line for line in done.stdout.splitlines() if line.startswith(("python", "deepsp"))]
+    given = " ".join(flags)
+    M = "--M 4" if "--M" in given else ""
+    folds = "--folds 2" if "--folds" in given else ""
+    texts = "--texts" if "--texts" in given else ""
+    out = f"--out {tmp_path / 'out'}"
+    assert [" ".join(c.split()) for c in commands] == [" ".join(c.split()) for c in (
+        f"python 00_data.py {out}", f"deepspeed 01_sft.py {out}",
+        f"deepspeed 02_rm_ensemble.py {M} {folds} {out}", f"deepspeed 03_strength.py {M} {out}",
+        f"python lab/clean.py {texts} {out}")]
+
+
 def test_folds_that_cannot_be_are_refused(cleaned):
     for flags in (["--folds", 1], ["--folds", 3]):
         done = run("python", "02_rm_ensemble.py", "--out", cleaned, "--M", 4, *flags, check=False)

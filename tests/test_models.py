@@ -2,8 +2,8 @@
 is saved behaves in stock transformers as it was trained. SmolLM2 where SMOLLM2 names its folder."""
 import json
 import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -134,3 +134,44 @@ def test_family(family, runs):
         assert written == {"bos_token_id": 0, "eos_token_id": eos, "pad_token_id": pad}
         config = json.loads((out / stage / "config.json").read_text())
         assert config["eos_token_id"] == eos and config["pad_token_id"] == pad
+
+
+SMOLLM2 = Path(os.environ.get("SMOLLM2", "/nowhere"))
+HH = ROOT.parent / "shared/data/hh_harmless_sample.jsonl.gz"
+
+
+@pytest.mark.skipif(not (SMOLLM2.is_dir() and HH.exists()), reason="SMOLLM2 names no folder")
+def test_smollm2_from_real_rows_to_the_page(tmp_path):
+    """A pretrained model through the driver as a user would: half an hour on two cores."""
+    out = tmp_path / "out"
+    done = subprocess.run(["bash", "run_all.sh", "--preferences", HH, "--model", SMOLLM2, "--limit",
+                           "2", "--rounds", "1", "--out", out], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (out / "09_report/index.html").exists()
+    assert json.loads((out / "run.json").read_text())["preset"] == "small"
+    history = [json.loads(line) for line in open(out / "01_sft/metrics.jsonl")]
+    assert history[-1]["valid_perplexity"] < history[0]["valid_perplexity"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "04_rm_denoise/baseline")
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(
+        out / "04_rm_denoise/baseline")
+    import common
+    from types import SimpleNamespace
+    args = SimpleNamespace(precision="fp32", layout="auto", eval_batch_size=4, zero=0,
+                           run=json.loads((out / "run.json").read_text()))
+    rows = [json.loads(line) for line in open(out / "00_data/valid.jsonl")][:8]
+    groups = common.encode(tokenizer, rows, ["chosen"], args.run)
+    ours = common.score_by(out / "04_rm_denoise/baseline", groups, args, tokenizer)[:, 0]
+    for row, reward in zip(rows, ours):
+        turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", row["prompt"], re.DOTALL)
+        talk = [{"role": r, "content": c} for r, c in [*turns, ("assistant", row["chosen"])]]
+        ids = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)
+        if ids["input_ids"].shape[1] < 512:  # neither side was cut
+            with torch.no_grad():
+                assert abs(stock(**ids).logits.item() - reward) < 1e-3
+    policy = transformers.AutoModelForCausalLM.from_pretrained(out / "06_ppo/round_1")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is 1 + 1?"}],
+                                        add_generation_prompt=True, return_tensors="pt",
+                                        return_dict=True)
+    answer = policy.generate(**ids, max_new_tokens=200)[0, ids["input_ids"].shape[1]:].tolist()
+    assert answer[-1] == tokenizer.eos_token_id and answer.count(tokenizer.eos_token_id) == 1
