@@ -31,7 +31,8 @@ from pathlib import Path
 
 import common
 from lab import base_model, formats, sources
-from lab.formats import LABEL, TOY
+from lab.formats import LABEL
+from lab.sources import TOY
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # of a base model; 01 reads them
 HPARAMS = {

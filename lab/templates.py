@@ -1,0 +1,123 @@
+"""How dialogues become text: by the chat template of --model, in HH form, or as they stand; and HH
+texts and texts in a template's markup, read back."""
+import functools
+import re
+from collections import Counter
+from datetime import date
+from types import SimpleNamespace
+
+import common
+from lab.sources import Bad, Drop
+
+ROLES = {name: role for role, names in {
+    "user": "user human prompter", "system": "system developer",
+    "assistant": "assistant gpt model bot ai chatgpt", "tool": "tool function ipython observation",
+}.items() for name in names.split()}
+NAMES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}  # in HH form
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+# texts in a chat template's markup: what opens the assistant's turn, and what ends one
+OPENINGS = ("<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<start_of_turn>model\n", "<|assistant|>\n", "[/INST]")
+OPEN = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]")
+ENDS = re.compile(r"\s*(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|</s>|<\|endoftext\|>)\s*\Z")
+CALLS = ("tool_calls", "function_call")
+DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
+
+
+@functools.cache
+def style_of(model, template="auto"):
+    """How dialogues become text: by the chat template of --model (`auto`, where it has one), in HH
+    form (`hh`), or strings as they are (`none`). → `form` (chat, hh, none), the tokenizer of chat,
+    `end` (what the template writes after a response), `lead` (what a response begins with), `day`
+    (what a template that asks for the date is told)."""
+    style = SimpleNamespace(form="none" if template == "none" else "hh", tokenizer=None, end="",
+                            lead="" if template == "none" else " ", day=None, notes=Counter())
+    if model == "tiny" or template != "auto":
+        return style
+    try:
+        tokenizer = common.load_tokenizer(model)
+    except Exception as error:
+        common.die(f"cannot load the tokenizer of --model {model}: "
+                   f"{(str(error).splitlines() or [''])[0]}")
+    if not tokenizer.chat_template:
+        return style
+    style.form, style.tokenizer, style.lead = "chat", tokenizer, ""
+    tokenizer.chat_template, dated = re.subn(  # or the data would depend on the day
+        r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda m: repr(DAY.strftime(m[2])),
+        tokenizer.get_chat_template())
+    style.day = DAY.isoformat() if dated else None
+    question, answer = {"role": "user", "content": "Who?"}, "An unlikely answer 4711."
+    try:
+        whole = apply_template(style, [question, {"role": "assistant", "content": answer}])
+        style.end = whole.split(answer)[1]
+        render(style, [question], [{"role": "assistant", "content": answer}])
+    except (Bad, IndexError) as problem:
+        common.die(f"the chat template of --model {model} cannot be used: {problem}; "
+                   "--template hh writes dialogues in HH form")
+    return style
+
+
+def apply_template(style, history, tools=None, generate=False):
+    try:
+        return style.tokenizer.apply_chat_template(
+            history, tools=tools, tokenize=False, add_generation_prompt=generate)
+    except Exception as error:  # templates raise what they like
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise Bad(f"the chat template refuses the messages ({reason})") from None
+
+
+def render(style, history, answers, tools=None):
+    """(prompt, [response, ...]) of messages and of the assistant's messages that may follow them.
+    By a chat template a response is what it writes for the whole dialogue, without what it writes
+    for the prompt and after every response."""
+    if not any(m["content"].strip() or set(CALLS) & m.keys() for m in history
+               if m["role"] != "system"):
+        raise Drop("empty prompt")
+    begun = history[-1]["content"].rstrip() if history[-1]["role"] == "assistant" else None
+    if not style.tokenizer:
+        return render_hh(history, begun), [a["content"].strip() for a in answers]
+    if begun is None:
+        prompt = apply_template(style, history, tools, generate=True)
+        wholes = [apply_template(style, [*history, a], tools) for a in answers]
+    else:  # the response goes on with an assistant's turn
+        rest = [{**a, "content": f"{begun} {a['content'].lstrip()}"} for a in answers]
+        wholes = [apply_template(style, [*history[:-1], a], tools) for a in rest]
+        prompt = apply_template(style, history, tools)
+        prompt = prompt[:prompt.rindex(begun) + len(begun)] if begun in prompt else prompt
+    think = re.search(r"<think>\s*\Z", prompt)
+    if think and not all(w.startswith(prompt) for w in wholes):
+        prompt = prompt[:think.start()]  # opened for a generation, not written in a whole dialogue
+        style.notes["prompts end before <think>, which the chat template opens"] += 1
+    for whole in wholes:
+        if not whole.startswith(prompt) or not whole.endswith(style.end):
+            raise Bad("the chat template writes the prompt in another way once a response follows")
+    return prompt, [w[len(prompt):len(w) - len(style.end)] for w in wholes]
+
+
+def render_hh(history, begun=None):
+    """Messages in HH form, system text going first; `begun`: the response goes on with the last."""
+    prompt = "\n\n".join(m["content"].strip() for m in history if m["role"] == "system")
+    for m in history:
+        if m["role"] != "system":
+            prompt += f"\n\n{NAMES[m['role']]}: {m['content'].strip()}"
+    return prompt if begun else prompt + ASSISTANT
+
+
+def transcript(text):
+    """A text with HH marks, in any form of them, → messages."""
+    text = text.replace("\r\n", "\n")
+    line = "\n\n" if HUMAN in text.lstrip() or ASSISTANT in text else "\n"
+    first, *turns = re.split(rf"(?:\A\s*|{line})(Human|Assistant):", text)
+    system = [{"role": "system", "content": first.strip()}] if first.strip() else []
+    return system + [{"role": ROLES[role.lower()], "content": content.strip()}
+                     for role, content in zip(turns[::2], turns[1::2])]
+
+
+def is_transcript(text):
+    text = text.replace("\r\n", "\n")
+    return bool(re.match(r"\s*(Human|Assistant):", text)) or HUMAN in text or ASSISTANT in text
+
+
+def markup(text):
+    """The opening of the assistant's turn in a text that is templated already, else None."""
+    return next((o for o, mark in zip(OPENINGS, OPEN) if mark in text), None)
