@@ -112,13 +112,14 @@ def perplexity(model, groups, args, pad_id):
 def main(argv=None):
     args = common.parse_args(__doc__, HPARAMS, argv=argv)
     data = common.require(args, "00_data", "python 00_data.py")
-    rows = common.read_json(data / "manifest.json")["metrics"]["rows"]
-    if rows["train"] < 10 or rows["valid"] < 2:
-        common.die(f"{rows['train']} pairs to train on and {rows['valid']} to validate are left, at "
-                   "least 10 and 2 are needed: give 00_data.py more, or another --valid_fraction")
+    n = common.read_json(data / "manifest.json")["metrics"]["rows"]
+    if n["train"] < 10 or n["valid"] < 2:
+        common.die(f"{n['train']} pairs to train on and {n['valid']} to validate are left, ten and "
+                   "two are needed: give 00_data.py more, or another --valid_fraction")
     common.setup(args)
     base = [] if args.run["model"] == "tiny" else common.user_files(args.run["model"])
-    run = common.begin(args, "01_sft", ["00_data/sft.jsonl", "00_data/chat_template.jinja", *base])
+    template = "00_data/chat_template.jinja"
+    run = common.begin(args, "01_sft", ["00_data/sft.jsonl", template, *base])
     rows = common.read_jsonl(data / "sft.jsonl")
     model, tokenizer = load_base(args, rows)
     pad_id = tokenizer.pad_token_id

@@ -1,5 +1,5 @@
-"""Your own preferences, cleaned by the paper's rule (sections 2.2 to 2.4): what stages 00 to 03 found
-of each pair, in the layout that it came in.
+"""Your own preferences, cleaned by the paper's rule (sections 2.2 to 2.4): what stages 00 to 03
+found of each pair, in the layout that it came in.
 
 Reads 03_strength/{train,valid}.jsonl and your files once more, writes clean/:
 
@@ -12,9 +12,9 @@ Reads 03_strength/{train,valid}.jsonl and your files once more, writes clean/:
     summary.txt      one line
 
 A pair in the lowest fifth of strength whose mean mu_hat is below 0 is flipped: chosen and rejected
-have changed places, margin = -mu_hat. Of the others those with mu_hat < 0 are to be softened (Eq. 5:
-label smoothing; TRL has no column for it). All others are kept. The validation pairs are judged by
-the same threshold.
+have changed places, margin = -mu_hat. Of the others those with mu_hat < 0 are to be softened (label
+smoothing, Eq. 5; TRL has no column for it). All others are kept. The validation pairs are judged by
+the threshold of the training pairs.
 
     bash run_all.sh clean --preferences mine.jsonl --model my/model --out out_mine [--texts]
 """
@@ -34,7 +34,7 @@ MEAN, STD = "mean preference difference", "std preference difference"
 FLIP_BELOW, DOUBTFUL = 0.2, 100
 PAGE = """<!DOCTYPE html><meta charset=utf-8><title>Doubtful pairs</title>
 <style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
-td, th { text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid #ccc }
+td, th { text-align: left; vertical-align: top; padding: .3rem; border-bottom: 1px solid #ccc }
 pre { white-space: pre-wrap; margin: 0 }</style>
 <h1>Doubtful pairs</h1><p>{{ summary }}</p><img src=strength.png alt="strength of the pairs">
 {% for title, rows in tables %}<h2>{{ title }}</h2><table><tr><th>id<th>mean<th>std<th>verdict

@@ -91,6 +91,8 @@ def message(m):
     role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
     if not isinstance(role, str) or role.strip().lower() not in ROLES:
         raise Bad(f"a message's role must be one of {', '.join(ROLES)}")
+    if lost := [k for k in CARRIERS if m.get(k)]:
+        raise Bad(f"`{lost[0]}` of a message cannot be used")
     more = {k: m[k] for k in (*CALLS, *REASONING, "tool_call_id", "name") if m.get(k)}
     if isinstance(content, list):
         for part in content:
@@ -131,9 +133,8 @@ def take_history(row):
     where there are none."""
     if isinstance(row.get("info"), dict):
         return [{"role": "user", "content": tldr(row.pop("info"))}]
-    for name, kind in (("input", dict), ("history", str)):  # OpenAI's, SHP's
-        if isinstance(row.get(name), kind):
-            row.setdefault("prompt", row.pop(name))
+    if isinstance(row.get("history"), str):  # SHP
+        row.setdefault("prompt", row.pop("history"))
     names = [k for k in (*PROMPTS, "input") if k in row]
     if not names:
         return None
@@ -219,12 +220,12 @@ def take_sides(row):
         if low == high:
             raise Drop("no preference")
         return chosen, rejected
-    missing = next((k for k in ("chosen", "rejected") if k not in row), "chosen")
-    if missing == "rejected" or "chosen" not in row:
-        if "label" in row:
-            raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
-                      "needed")
-    raise Bad(f"column `{missing}` is missing")
+    missing = next((k for k in ("chosen", "rejected") if k not in row), None)
+    if missing and "label" in row:
+        raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
+                  "needed")
+    raise Bad(f"column `{missing}` is missing" if missing else
+              f"`chosen` is {type(row['chosen']).__name__}, not text")
 
 
 def by_choice(row, two, names):
@@ -379,6 +380,9 @@ def check_used(style, history, answers, tools):
 def take_tools(row, style):
     """Columns that belong to the prompt: `tools` for a chat template; Bad where one cannot be
     used."""
+    if isinstance(row.get("input"), dict):  # OpenAI: messages, and tools beside them
+        inner = row.pop("input")
+        row |= {"prompt": inner.get("messages"), **{k: inner[k] for k in CARRIERS if k in inner}}
     tools = None
     for name in CARRIERS:
         value = row.pop(name, None)

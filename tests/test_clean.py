@@ -37,7 +37,8 @@ def test_every_pair_has_a_verdict_by_the_papers_rule(cleaned):
     for i, row in rows.items():
         flip, mu_hat = row["verdict"] == "flip", pairs[i][MEAN]
         assert row["verdict"] in ("flip", "soften") if mu_hat < 0 else row["verdict"] == "keep"
-        assert row["margin"] == (-mu_hat if flip else mu_hat) and row["prompt"] == pairs[i]["prompt"]
+        assert row["margin"] == (-mu_hat if flip else mu_hat)
+        assert row["prompt"] == pairs[i]["prompt"]
         sides = [row[k].strip() for k in ("chosen", "rejected")]
         want = [pairs[i][k].strip() for k in ("chosen", "rejected")]
         assert sides == (want[::-1] if flip else want)

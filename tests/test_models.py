@@ -16,8 +16,8 @@ HEADERS = ("{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ 
 CHATML = ("{% if messages[0].role != 'system' %}<|im_start|>system\nBe of help.<|im_end|>\n"
           "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-THINK = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last"
-         " %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+THINK = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and "
+         "loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TURNS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception("
          "'System role not supported') }}{% endif %}<start_of_turn>{{ 'model' if m.role == "
