@@ -142,6 +142,8 @@ def die(message):
 
 def check_value(name, value, row):
     """Stop on a number that a hyperparameter cannot be meant to have. row: its columns."""
+    if isinstance(value, (bool, str)):
+        return
     most, above = (1 if name in SHARES else math.inf), name in POSITIVE
     least = {"k": 2, "freeze_prototypes": 0}.get(name, type(value) is int and 0 not in row[:3])
     if not (least <= value <= most and value != math.inf and (value or not above)):

@@ -88,7 +88,8 @@ def parsed(value):
 
 def message(m):
     """{"role", "content"} or {"from", "value"} → the first form, and what may stand beside it."""
-    role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+    role, content = (m[a] if m.get(a) is not None else m.get(b)
+                     for a, b in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role.strip().lower() not in ROLES:
         raise Bad(f"a message's role must be one of {', '.join(ROLES)}")
     if lost := [k for k in CARRIERS if m.get(k)]:
@@ -133,8 +134,8 @@ def take_history(row):
     where there are none."""
     if isinstance(row.get("info"), dict):
         return [{"role": "user", "content": tldr(row.pop("info"))}]
-    if isinstance(row.get("history"), str):  # SHP
-        row.setdefault("prompt", row.pop("history"))
+    if isinstance(row.get("history"), str) and "prompt" not in row:  # SHP
+        row["prompt"] = row.pop("history")
     names = [k for k in (*PROMPTS, "input") if k in row]
     if not names:
         return None
@@ -148,8 +149,10 @@ def take_history(row):
         base = prompt_messages(base)
     if not base:
         raise Drop("empty prompt")
-    more = {name: row.pop(name) for name in (*names[1:], "system", "system_prompt")
-            if isinstance(parsed(row.get(name)), str)}
+    more = {name: row.pop(name) for name in names[1:] if isinstance(parsed(row[name]), str)}
+    more |= {name: string(row, name) for name in ("system", "system_prompt") if name in row}
+    for name in more:
+        row.pop(name, None)
     if isinstance(base, str):
         if lost := [name for name, text in more.items() if text.strip() not in base]:
             raise Bad(f"column `{lost[0]}` beside a prompt that is templated already")

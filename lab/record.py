@@ -58,8 +58,8 @@ asked_to_stop, open_stages = {}, []
 def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     """Resolve a stage's hyperparameters: a flag if given, else the column of the run's preset.
 
-    hparams: {name: (paper value, small, toy, help)}; add_flags(flag) adds the stage's own. → a
-    namespace that also holds `run` (run.json) and `hparams`. --dry_run prints them and exits.
+    hparams: {name: (paper, small, toy, help)}; add_flags(flag) adds the stage's own. → a namespace
+    that also holds `run` (run.json) and `hparams`. --dry_run prints them and exits.
     """
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,8 +80,7 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
          "bits every time; slower, an operation without one is an error")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
-    if add_flags:
-        add_flags(parser.add_argument_group("stage").add_argument)
+    add_flags and add_flags(parser.add_argument_group("stage").add_argument)
     flag = parser.add_argument_group("hyperparameters").add_argument
     for name, (*row, text) in hparams.items():
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(row[0], bool) else \
@@ -105,8 +104,7 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     column = CHOICES["preset"].index(args.preset)
     for name, row in hparams.items():
         value = row[column] if getattr(args, name) is None else getattr(args, name)
-        if not isinstance(value, (bool, str)):
-            check_value(name, value, row)
+        check_value(name, value, row)
         if args.limit and name == "save_every":
             value = min(value, max(1, args.limit // 2))  # a smoke run tries checkpoints too
         setattr(args, name, value)

@@ -96,6 +96,10 @@ ROWS = [
     ("question", {"question": Q, **AB}, HH),
     ("query and history of pairs", {"query": Q, "history": [["Hi", "Hello."]], **AB}, TALK),
     ("history of messages", {"prompt": Q, "history": [user("Hi"), says("Hello.")], **AB}, TALK),
+    ("history beside a prompt, a text", {"prompt": Q, "history": "Hi", **AB}, "`history`"),
+    ("system that is no text", {"prompt": Q, "system": ["Be kind."], **AB}, "`system`"),
+    ("both spellings of a message, one null", {"prompt": [
+        {"role": None, "from": "human", "content": None, "value": Q}], **AB}, HH),
     ("history nobody knows", {"prompt": Q, "history": 5, **AB}, "`history`"),
     ("a short input is no copy", {"prompt": Q, "input": "a", **AB},
      f"\n\nHuman: {Q}\n\na\n\nAssistant:"),
