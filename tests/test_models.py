@@ -92,7 +92,7 @@ def runs(tmp_path_factory):
             ["01_sft", *flags], ["02_rm_ensemble", *flags, "--M", 2, "--precision", "fp32"],
             ["03_strength", *flags, "--M", 2, "--precision", "fp32"],
             ["04_rm_denoise", *flags, "--methods", "baseline", "flip_margin"],
-            ["05_rm_contrastive", *flags, "--methods", "simcse"],
+            ["05_rm_contrastive", *flags, "--methods", "simcse_diff"],
             ["06_ppo", *flags], ["07_metarm", *flags], ["06_ppo", *flags, "--round", 1],
             ["08_evaluate", *flags, "--M", 2]]
     python_stages(*commands)

@@ -3,7 +3,6 @@ nothing left behind. And what should not stop a run does not."""
 import importlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -117,33 +116,28 @@ def test_a_relative_model_works_from_any_folder_and_a_latin_terminal_ends_nothin
             for i in range(30)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     env = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
-    code = "import importlib, sys\nfor s in sys.argv[1].split(): importlib.import_module(s)" \
-        ".main(sys.argv[2:])"
-    for cwd, stages, flags in ((tmp_path, "00_data", ["--model", "base", "--preferences",
-                                                      "x.jsonl", "--limit", "1",
-                                                      "--max_response_tokens", "8"]),
-                               (ROOT, "01_sft", []), (ROOT, "02_rm_ensemble 03_strength",
-                                                      ["--M", "2"]),
-                               (ROOT, "04_rm_denoise", ["--methods", "baseline"]),
-                               (ROOT, "06_ppo", []), (ROOT, "08_evaluate", ["--M", "2"])):
-        done = subprocess.run([sys.executable, "-c", code, stages, *flags, "--out",
-                               str(tmp_path / "out")], cwd=cwd, env=env, capture_output=True)
+    code = ("import importlib, sys\nfor line in sys.argv[1].split(';'):\n  name, *flags = line.split"
+            "()\n  importlib.import_module(name).main([*flags, '--out', sys.argv[2]])")
+    first = "00_data --model base --preferences x.jsonl --limit 1 --max_response_tokens 8"
+    rest = ("01_sft; 02_rm_ensemble --M 2; 03_strength --M 2; 04_rm_denoise --methods baseline; "
+            "06_ppo; 08_evaluate --M 2")
+    for cwd, stages in ((tmp_path, first), (ROOT, rest)):
+        done = subprocess.run([sys.executable, "-c", code, stages, str(tmp_path / "out")], cwd=cwd,
+                              env=env, capture_output=True)
         assert done.returncode == 0, done.stderr.decode("latin-1")[-2000:]
     assert "eval_??" in done.stdout.decode("latin-1")
     assert json.loads((tmp_path / "out/run.json").read_text())["model"] == str(tmp_path / "base")
 
 
 def test_a_port_in_use_is_left_to_its_user(tmp_path):
-    """run_all.sh takes the next one. What it would run is stopped by a stage that is missing."""
-    flags = ["--out", tmp_path / "out", "--limit", 1, "--to", "01"]
-    first = run("bash", "run_all.sh", *flags)
-    port = int(re.search(r"--master_port (\d+)", first.stdout)[1])
+    out = tmp_path / "out"
+    port = 20000 + int(run("bash", "-c", f'cksum <<<"$PWD/{out}"').stdout.split()[0]) % 9000
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        again = run("bash", "run_all.sh", *flags, "--from", "01")
-    assert f"--master_port {port + 1}" in again.stdout
+        done = run("bash", "run_all.sh", "--out", out, "--limit", 1, "--to", "01")
+    assert f"--master_port {port + 1}" in done.stdout
 
 
 def test_what_cannot_be_saved_fails_before_it_is_trained(small_run, run_copy, monkeypatch, capsys):
