@@ -29,7 +29,7 @@ HPARAMS = {
     "batch_size": (32, 16, 32, "global batch, in pairs"),
     "micro_batch_size": (2, 4, 32, "pairs per process and forward pass"),
     "eval_batch_size": (8, 8, 64, "pairs per process when evaluating"),
-    "lr": (5e-6, 2e-5, 1e-3, "peak learning rate"),
+    "lr": (5e-6, 5e-5, 1e-3, "peak learning rate"),
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
     **common.TRAINING,
 }

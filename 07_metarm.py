@@ -44,7 +44,7 @@ HPARAMS = {
     "batch_size": (16, 16, 32, "n, pairs of X_t in a step, global"),
     "micro_batch_size": (2, 4, 32, "pairs or meta groups per process and forward pass"),
     "eval_batch_size": (8, 8, 64, "groups per process when evaluating"),
-    "lr": (5e-6, 2e-5, 1e-3, "alpha, peak learning rate"),
+    "lr": (5e-6, 5e-5, 1e-3, "alpha, peak learning rate"),
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
     "eval_every": (500, 50, 25, "steps between evaluations"),
     "equation_17": (0, 0, 6, "batches of four to measure Eq. 17 on (second derivatives)"),
