@@ -10,7 +10,6 @@ import math
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -64,12 +63,9 @@ def setup(args):
     from transformers.utils import logging as hf_logging
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     hf_logging.disable_progress_bar()
-    if "RANK" not in os.environ:  # plain `python NN.py`: a group of one on a free port
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = str(sock.getsockname()[1])
+    if "RANK" not in os.environ:  # plain `python NN.py`: a group of one, on any port that is free
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
+                          MASTER_PORT="0")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
