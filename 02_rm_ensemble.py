@@ -54,7 +54,10 @@ def train_member(args, m, tokenizer, train, valid, sft):
     if args.folds:
         held_out = fold(train, args.folds, m, args.seed)
         train = [g for g in train if g["id"] not in held_out]
-        common.write_text(run.dir / "held_out.json", json.dumps(sorted(held_out)) + "\n")
+        if not held_out or not train:
+            common.die(f"--folds {args.folds}: there are fewer prompts than folds")
+        if common.rank() == 0:
+            common.write_text(run.dir / "held_out.json", json.dumps(sorted(held_out)) + "\n")
     steps = common.steps_for(args, len(train))
     model = common.load_reward_model(sft, args, head_seed=seed)
     rm = common.RewardEngine(model, args, tokenizer, train, steps)

@@ -339,7 +339,8 @@ def write(style, history, answers, tools=None):
         raise Drop("empty prompt")
     if not all(t.strip() for t in texts):
         raise Drop("empty response")
-    return prompt, [style.lead * (not marked) + t for t in texts]
+    lead = style.lead if style.form == "hh" and not marked else ""  # a chat template writes its own
+    return prompt, [lead + t for t in texts]
 
 
 def write_none(row, names):
@@ -532,8 +533,8 @@ def read_prompt(row, style):
 # ---------------------------------------------------------------- all rows of all sources
 
 def load(given, kind, args, ids, originals=None):
-    """All clean rows of the sources, and {"read", "kept", "drops"}. `ids` counts the ids given so
-    far; `originals` gets {id: the raw row}."""
+    """All clean rows of the sources, and {"read", "kept", "drops", "notes", "unused"}. `ids` counts
+    the ids given so far; `originals` gets {id: the raw row}."""
     rows, drops, ignored, read = [], Counter(), Counter(), 0
     style, seen = style_of(args.model, args.template), {}
     style.notes.clear()
@@ -583,4 +584,6 @@ def load(given, kind, args, ids, originals=None):
         common.log(f"  {kind}: {n} {note}")
     if ignored:
         common.log(f"  {kind}: columns that are not used: {', '.join(sorted(ignored))}")
-    return rows, {"read": read, "kept": len(rows), "drops": dict(sorted(drops.items()))}
+    return rows, {"read": read, "kept": len(rows), "drops": dict(sorted(drops.items())),
+                  **({"notes": dict(style.notes)} if style.notes else {}),
+                  **({"unused": sorted(ignored)} if ignored else {})}

@@ -27,7 +27,7 @@ def choose(args):
 def scorer(args, tokenizer, names):
     """→ score(prompts, responses) of the judge chosen: gold, or the mean standardised reward."""
     def score(prompts, responses):
-        # decoders like Llama-2's drop the leading space that the preference data have
+        # decoders like Llama-2's drop the leading space that the preferences have
         rows = [{"id": str(i), "prompt": p, "response": args.run.get("lead", " ") + r.strip()
                  if r.strip() else ""}
                 for i, (p, r) in enumerate(zip(prompts, responses))]

@@ -41,7 +41,7 @@ def style_of(model, template="auto"):
                    f"{(str(error).splitlines() or [''])[0]}")
     if not tokenizer.chat_template:
         return style
-    style.form, style.tokenizer, style.lead = "chat", tokenizer, ""
+    style.form, style.tokenizer = "chat", tokenizer
     tokenizer.chat_template, dated = re.subn(  # or the data would depend on the day
         r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda m: repr(DAY.strftime(m[2])),
         tokenizer.get_chat_template())
@@ -50,7 +50,8 @@ def style_of(model, template="auto"):
     try:
         whole = apply_template(style, [question, {"role": "assistant", "content": answer}])
         style.end = whole.split(answer)[1]
-        render(style, [question], [{"role": "assistant", "content": answer}])
+        lead = render(style, [question], [{"role": "assistant", "content": answer}])[1][0]
+        style.lead = lead.removesuffix(answer) if lead.strip() == answer else ""
     except (Bad, IndexError) as problem:
         common.die(f"the chat template of --model {model} cannot be used: {problem}; "
                    "--template hh writes dialogues in HH form")

@@ -227,6 +227,20 @@ def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_kept_all_the_same_is_counted(tmp_path):
+    """Pairs both ways, prompts repeated in the responses, columns that nobody uses: in the manifest
+    too."""
+    rows = [{"prompt": f"{Q} {i}", "chosen": f"{Q} {i}\n{A}", "rejected": f"{Q} {i}\n{B}",
+             "mood": "good"} for i in range(4)]
+    rows += [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows[:3]]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data.main(["--preferences", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "out")])
+    made = json.loads((tmp_path / "out/00_data/manifest.json").read_text())["metrics"]
+    assert made["kept"] == 7 and made["drops"] == {} and made["unused"] == ["mood"]
+    assert made["notes"] == {"pairs contradict another one, both are kept": 3,
+                             "prompts repeated in both responses, taken out there": 7}
+
+
 @pytest.mark.skipif(not CASES.exists(), reason="the shared cases lie outside the project")
 def test_the_shared_cases_hold():
     done = subprocess.run([sys.executable, CASES / "check.py"], cwd=ROOT, capture_output=True,

@@ -105,6 +105,7 @@ def test_family(family, runs):
     run = json.loads((out / "run.json").read_text())
     template = FAMILIES[family][1]
     assert run["preset"] == "small" and run["form"] == ("chat" if template else "hh")
+    assert run["lead"] == ("" if template not in (None, INST) else " ")
     assert run["day"] == ("2024-07-26" if template == DATED else None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "02_rm_ensemble/rm_01")
     assert tokenizer.padding_side == "right" and tokenizer.pad_token_id != tokenizer.eos_token_id
