@@ -168,7 +168,7 @@ def plan(args, flags):
                if not args.to or name_of(d).startswith(args.to))
     for directories, purpose, seconds, command in stages[:last + 1]:
         name, several = name_of(directories), len(directories) > 1  # those keep what is finished
-        forced = name.startswith(first) or again and bool(args.start)
+        forced = name.startswith(first) or again and bool(args.start) or "--texts" in command
         reason = None if args.dry_run else why(out, directories, command)
         if not again and reason and reason != "missing":
             print(f"note\t{name} {reason}: it runs again, and all after it")

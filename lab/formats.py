@@ -390,7 +390,11 @@ def take_tools(row, style):
     tools = None
     for name in CARRIERS:
         value = row.pop(name, None)
-        value = parsed(value) if name == "tools" else value
+        if name == "tools" and isinstance(value, str):
+            try:
+                value = json.loads(value or "[]")
+            except ValueError:
+                raise Bad("`tools` is not JSON") from None
         if value and name == "tools" and style.form == "chat":
             tools = value if isinstance(value, list) else [value]
         elif value:
@@ -538,10 +542,10 @@ def load(given, kind, args, ids, originals=None):
     rows, drops, ignored, read = [], Counter(), Counter(), 0
     style, seen = style_of(args.model, args.template), {}
     style.notes.clear()
-    for source in [part for s in given for part in sources.parts(s)]:
-        path = Path(source)
-        called = path.name if path.exists() else source
-        name = path.name.split(".")[0] if path.exists() else source.split("/", 1)[-1]
+    for source, called in [(part, sources.called(s, part)) for s in given
+                           for part in sources.parts(s)]:
+        name = called.split("/")[-1] if Path(source).exists() else called.split("/", 1)[-1]
+        name = name.removesuffix("".join(sources.container(name) or ()))
         task = next((t for word, t in TASK_WORDS.items() if word in called.lower()), "general")
         stream = sources.raw_rows(source, kind, args)
         for place, raw in common.progress(stream, f"reading {name}"):

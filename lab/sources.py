@@ -54,6 +54,13 @@ def parts(source):
     return FOLDERS.get(source, [source])
 
 
+def called(source, part):
+    """What a part is called: its place in the folder given, its file's name, or its hub id."""
+    if Path(source).is_dir() and not saved_to_disk(source):
+        return str(Path(part).relative_to(Path(source).resolve().parent))
+    return Path(part).name if Path(part).exists() else part
+
+
 def files(source):
     """Absolute paths of the user's own files that a source is read from."""
     return [f for part in parts(source) if Path(part).exists() for f in user_files(part)]

@@ -214,6 +214,19 @@ def test_container(why, files, source, tmp_path):
     assert {(r["chosen"], r["rejected"]) for r in rows} == {(f" {A} é", f" {B}")}
 
 
+def test_files_of_a_folder_have_its_tasks_and_ids(tmp_path):
+    for task in ("harmless-base", "helpful-base"):
+        (tmp_path / "hh" / task).mkdir(parents=True)
+        (tmp_path / "hh" / task / "train.1.jsonl").write_text("".join(json.dumps(
+            {**p, "prompt": task + p["prompt"]}) + "\n" for p in PAIRS))
+    data.main(["--preferences", str(tmp_path / "hh"), "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out/run.json").read_text())["tasks"] == ["harmless", "helpful"]
+    ids = [json.loads(x)["id"] for s in ("train", "valid") for x in open(
+        tmp_path / f"out/00_data/{s}.jsonl", encoding="utf-8")]
+    assert sorted(ids) == sorted([f"train.1-{i}" for i in range(1, 7)] + [
+        f"train.1-{i}-2" for i in range(1, 7)])
+
+
 @pytest.mark.parametrize("name, content", [
     ("x.jsonl", b"\xff{}\n"), ("x.jsonl.bz2", bz2.compress(LINES.encode())),
     ("x.jsonl.zst", b"no"), ("x.parquet.gz", b"no"), ("x.csv", b"prompt,chosen\n1,2,3\n")])
