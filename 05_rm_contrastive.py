@@ -51,6 +51,8 @@ HPARAMS = {
     "freeze_prototypes": (100, 50, 20, "steps with fixed prototypes"),
     "tsne_pairs": (500, 200, 150, "validation pairs drawn in Figure 11"),
     **common.TRAINING,
+    # attention with dropout keeps every layer's weights: 24 GB at 0.1 billion parameters
+    "gradient_checkpointing": (True, True, False, "recompute activations in the backward pass"),
 }
 METHODS = ("simcse", "simcse_diff", "swav", "swav_diff")
 
