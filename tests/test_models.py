@@ -143,7 +143,7 @@ HH = ROOT.parent / "shared/data/hh_harmless_sample.jsonl.gz"
 
 @pytest.mark.skipif(not (SMOLLM2.is_dir() and HH.exists()), reason="SMOLLM2 names no folder")
 def test_smollm2_from_real_rows_to_the_page(tmp_path):
-    """A pretrained model through the driver as a user would: half an hour on two cores."""
+    """A pretrained model through the driver as a user would: about an hour on two cores."""
     out = tmp_path / "out"
     done = subprocess.run(["bash", "run_all.sh", "--preferences", HH, "--model", SMOLLM2, "--limit",
                            "2", "--rounds", "1", "--out", out], cwd=ROOT, text=True,
