@@ -57,8 +57,8 @@ def encode(tokenizer, rows, keys, run):
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     prompts, groups, T = ids[:len(rows)], [], run["max_response_tokens"]
     for row, prompt in zip(rows, prompts):
-        n = int(chat and prompt[:1] == [tokenizer.bos_token_id])  # templates may write BOS
-        kept = bos + prompt[:n] + prompt[n:][-(run["max_prompt_tokens"] - n - len(bos)):]
+        first = prompt[:1] if prompt[:1] == [tokenizer.bos_token_id] else bos  # written already
+        kept = first + prompt[first == prompt[:1]:][-(run["max_prompt_tokens"] - len(first)):]
         groups.append({"id": row["id"], "prompt": kept or [eos], "responses": []})
     for (i, text), whole in zip(owner, ids[len(rows):]):
         n = len(prompts[i])

@@ -25,6 +25,7 @@ prompt. A row that cannot be read stops the run with `file:line: what is wrong`;
 counts it as unreadable instead. Columns that are not used are named once. Row contents are never
 printed: some are offensive.
 """
+import ast
 import json
 import re
 from collections import Counter
@@ -34,8 +35,8 @@ import common
 from lab import sources
 from lab.sources import Bad, Drop
 from lab.templates import (
-    ASSISTANT, CALLS, ENDS, OPEN, OPENINGS, ROLES, apply_template, is_transcript, markup, render,
-    style_of, transcript)
+    ASSISTANT, CALLS, ENDS, MARKUPS, ROLES, SPECIAL, apply_template, is_transcript, markup,
+    open_turn, render, split_markup, style_of, transcript)
 
 # the first word in a source's name gives its task
 TASK_WORDS = {"harmless": "harmless", "saferlhf": "harmless", "helpful": "helpful",
@@ -59,6 +60,7 @@ ANSWERS = ("response", "output", "completion", "answer", "chosen")
 # what a prompt may not lose, in a row or a message
 CARRIERS = ("tools", "functions", "context", "documents", "images")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+OPENED = re.compile(rf"(\s*(Assistant:|{'|'.join(re.escape(m.rstrip()) for m in MARKUPS)}))+\s*")
 
 
 # ---------------------------------------------------------------- columns → messages
@@ -71,19 +73,30 @@ def string(row, key):
 
 
 def parsed(value):
-    """JSON text of messages and a single message as a list of messages; any other value as it
-    is."""
-    if isinstance(value, str) and re.match(r'\s*\[?\s*\{\s*"', value):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+    """JSON or Python text of messages and a single message as a list of messages; any other value
+    as it is."""
+    if isinstance(value, str) and re.match(r"""\s*\[?\s*\{\s*["']\w+["']\s*:""", value):
+        found = literal(value)
+        if found is None and all(re.search(rf"""["']({keys})["']\s*:""", value)
+                                 for keys in ("role|from", "content|value")):
+            raise Bad("a text that looks like messages is neither JSON nor Python")
         items = found if isinstance(found, list) else [found]
-        value = found if all(isinstance(m, dict) and {"role", "from"} & set(m)
-                             for m in items) else value
+        if isinstance(items[0], dict) and isinstance(items[0].get("messages"), list) or all(
+                isinstance(m, dict) and {"role", "from"} & set(m)
+                and {"content", "value", *CALLS} & set(m) for m in items):
+            value = found
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         return value["messages"]
     return [value] if isinstance(value, dict) else value
+
+
+def literal(text):
+    """The value of a JSON or Python text, or None."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pass
 
 
 def message(m):
@@ -107,10 +120,18 @@ def message(m):
     return {"role": ROLES[role.strip().lower()], "content": content, **more}
 
 
-def messages(value):
+def messages(value, name):
+    """A list of messages, or of {"input", "output"}, from the column `name` → messages."""
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
-        raise Bad("not a list of messages")
-    return [message(m) for m in value]
+        raise Bad(f"`{name}` is not a list of messages")
+    turns = [m for item in value for m in (
+        [{"role": role, "content": item[key]} for role, key in (
+            ("user", "input"), ("assistant", "output")) if item[key] is not None]
+        if {"input", "output"} <= item.keys() else [item])]
+    try:
+        return [message(m) for m in turns]
+    except Bad as problem:
+        raise Bad(f"`{name}`: {problem}") from None
 
 
 def alternate(texts):
@@ -141,35 +162,58 @@ def take_history(row):
         return None
     base = parsed(row.pop(names[0]))
     if is_texts(base):
+        if len(base) % 2 == 0:
+            raise Bad(f"`{names[0]}` has an even number of texts: the last one is not the user's")
         base = [{**m, "role": "user" if m["role"] == "assistant" else "assistant"}
                 for m in alternate(base)]
     elif not isinstance(base, str):
-        base = messages(base)
+        base = messages(base, names[0])
     elif not markup(base):
         base = prompt_messages(base)
     if not base:
         raise Drop("empty prompt")
-    more = {name: row.pop(name) for name in names[1:] if isinstance(parsed(row[name]), str)}
+    return with_columns(row, base, names[1:])
+
+
+def with_columns(row, base, names=()):
+    """A prompt with what the columns `names`, `system` and `history` add to it; taken out of the
+    row."""
+    more = {name: row.pop(name) for name in names if isinstance(parsed(row[name]), str)}
     more |= {name: string(row, name) for name in ("system", "system_prompt") if name in row}
     for name in more:
         row.pop(name, None)
+    said = [base] if isinstance(base, str) else [m["content"].strip() for m in base]
+    more = {name: text for name, text in more.items() if text.strip() and text.strip() not in said
+            and not (len(text.strip()) > 7 and held(text, " ".join(said)))}
     if isinstance(base, str):
-        if lost := [name for name, text in more.items() if text.strip() not in base]:
-            raise Bad(f"column `{lost[0]}` beside a prompt that is templated already")
+        if more:
+            raise Bad(f"column `{min(more)}` beside a prompt that is templated already")
         return base
-    said, before = {m["content"].strip() for m in base} | {""}, earlier(row)
+    before = earlier(row)
+    if all(map(same, before, base)) and len(before) < len(base):  # `base` repeats them
+        before = []
     for name, text in more.items():
-        if text.strip() not in said and name.startswith("system"):
-            before.insert(0, {"role": "system", "content": text})
-        elif text.strip() not in said:  # the material of an instruction
+        if not name.startswith("system"):  # the material of an instruction
             base[-1]["content"] += f"\n\n{text}"
+        elif any(m["role"] == "system" for m in base):
+            raise Bad(f"column `{name}` beside another system turn")
+        else:
+            before.insert(0, {"role": "system", "content": text})
     return before + base
+
+
+def held(text, whole):
+    """Whether a text stands in another one, as whole words, whatever the white space."""
+    text, whole = (" ".join(x.split()) for x in (text, whole))
+    return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", whole))
 
 
 def earlier(row):
     """Take `history` out of the row, turns or [question, answer] pairs before the prompt →
     messages."""
-    turns, out = parsed(row.pop("history", [])), []
+    turns, out = row.pop("history", None) or [], []
+    if isinstance(turns, str):
+        turns = [] if not turns.strip() else literal(turns) or turns
     for turn in turns if isinstance(turns, list) else [turns]:
         if isinstance(turn, dict):
             out.append(message(turn))
@@ -196,27 +240,31 @@ def tldr(info):
         if isinstance(info.get(key), str)]
     if not {"post", "article"} & set(info):
         raise Bad("`info` has neither `post` nor `article`")
+    if not any(str(info.get(key) or "").strip() for key in ("post", "article")):
+        raise Drop("empty prompt")
     return "\n\n".join(lines) + "\n\nTL;DR:"
 
 
 def take_sides(row):
     """Take the two responses out of the row → (chosen, rejected), in any form."""
+    for names in CHOSEN_OF_TWO:
+        if set(names) <= row.keys() and ("chosen" not in row
+                                         or spelled(row["chosen"]) in spellings(names)):
+            return by_choice(row, [row.pop(name) for name in names], names)
     for names in PAIRS:
         if set(names) <= row.keys() and not isinstance(row[names[0]], (int, float)):
             chosen, rejected = (row.pop(name) for name in names)
             if names[0] == "messages":  # ms-swift: the whole dialogue, and what else may end it
-                row["messages"], chosen = split_last(messages(parsed(chosen)))
+                row["messages"], chosen = split_last(messages(parsed(chosen), names[0]))
             return chosen, rejected
     if isinstance(row.get("summaries"), list):
         two = [s.get("text") if isinstance(s, dict) else s for s in row.pop("summaries")]
         return by_choice(row, two, ("summary_0", "summary_1"))
-    for names in CHOSEN_OF_TWO:
-        if set(names) <= row.keys():
-            return by_choice(row, [row.pop(name) for name in names], names)
     if isinstance(row.get("completions"), list):
         scored = [(c["overall_score"], c["response"]) for c in row.pop("completions")
                   if isinstance(c, dict) and isinstance(c.get("overall_score"), (int, float))
-                  and isinstance(c.get("response"), str)]
+                  and isinstance(c.get("response"), str)
+                  and c["overall_score"] == c["overall_score"]]  # no NaN
         if len(scored) < 2:
             raise Bad("`completions` has no two responses with an `overall_score`")
         (low, rejected), (high, chosen) = (f(scored, key=lambda x: x[0]) for f in (min, max))
@@ -231,22 +279,30 @@ def take_sides(row):
               f"`chosen` is {type(row['chosen']).__name__}, not text")
 
 
+def spelled(choice):
+    """A choice as text: 1, 1.0, " 1" and True are one."""
+    choice = int(choice) if isinstance(choice, bool) else choice
+    return str(choice).strip().lower().removesuffix(".0")
+
+
+def spellings(names):
+    """{what a choice of one of two columns may say: 0 or 1}."""
+    first, second = map(str.lower, names)
+    return {"a": 0, "b": 1, first: 0, second: 1, f"model_{first[-1]}": 0, f"model_{second[-1]}": 1,
+            first[-1]: 0, second[-1]: 1}
+
+
 def by_choice(row, two, names):
     """(chosen, rejected) of two responses by the first column that says which is better."""
     key = next((k for k in CHOICES if k in row), None)
     if key is None:
         raise Bad(f"no column says which of `{names[0]}` and `{names[1]}` is better "
                   f"({', '.join(CHOICES)})")
-    value = row.pop(key)
-    said = str(int(value) if isinstance(value, (bool, float)) and value == value
-               and abs(value) < 9 else value).lower()
-    if "tie" in said or said in ("-1", "both"):
-        raise Drop("no preference")
-    first, second = (n.lower() for n in names)
-    which = {first: 0, second: 1, f"model_{first[-1]}": 0, f"model_{second[-1]}": 1,
-             first[-1]: 0, second[-1]: 1}
-    if key == "labels" and first.startswith("human_ref"):
+    said, which = spelled(row.pop(key)), spellings(names)
+    if key == "labels" and names[0].startswith("human_ref"):
         which = {"1": 0, "0": 1}  # SHP: 1 means that A is preferred
+    if said not in which and re.search(r"tie|both|neither|draw|equal|\A-1\Z", said):
+        raise Drop("no preference")
     if said not in which or len(two) != 2:
         raise Bad(f"`{key}` does not say which of two responses is better")
     return two[which[said]], two[1 - which[said]]
@@ -264,23 +320,37 @@ def join(history, side):
     system = [m for m in side if m["role"] == "system"] or [
         m for m in history if m["role"] == "system"]
     for repeated in (said, said[:-1] if said[-1:] and said[-1]["role"] == "assistant" else said):
-        if len(heard) > len(repeated) and all(map(same, repeated, heard)):
+        if len(heard) > len(repeated) and any(
+                all(map(same, repeated, part)) for part in (heard, heard[-1 - len(repeated):-1])):
             return system + heard
-    if any(m["role"] in ("user", "system") for m in side):
+    last = heard[:-1]
+    if last and len(last) <= len(said) and all(map(same, last, said[-len(last):])):
+        return history + heard[-1:]
+    begins = side and side[0]["role"] == "assistant" and said and said[-1]["role"] != "assistant"
+    if not begins and any(m["role"] in ("user", "system") for m in side):
         raise Drop("prompts differ")
     return history + side
 
 
 def read_side(value, history, name):
     """(messages or a templated prompt, the assistant's message) of one side."""
-    value = parsed(value)
+    # a dialogue has a mark first, a space first is how 00 writes a response
+    response = history is not None and isinstance(value, str) and value[:1] == " "
+    value = value if response else parsed(value)
     if is_texts(value):
         value = value[0] if history is not None and len(value) == 1 else alternate(value)
     if not isinstance(value, str):
-        side = messages(value)
-    elif history is None and markup(value):
-        return split_markup(value)
-    elif history is None and not is_transcript(value):
+        side = messages(value, name)
+    elif response:
+        side = [{"role": "assistant", "content": value}]
+    elif markup(value):
+        before, answer = split_markup(value)
+        said = [history] if isinstance(history, str) else [m["content"] for m in history or []]
+        if not all(held(text, before) for text in said):
+            raise Drop("prompts differ")
+        return before, answer
+    elif history is None and not is_transcript(value) and not re.search(
+            r"\nHuman:.*\nAssistant:", value, re.DOTALL):
         raise Drop("column `prompt` is missing")
     elif history is None or re.match(r"\s*Human:", value) and re.search(r"\n\s*Assistant:", value):
         side = transcript(value)
@@ -293,27 +363,37 @@ def read_side(value, history, name):
     return split_last(join(history, side) if history else side)
 
 
-def split_markup(text):
-    """A whole dialogue in a template's markup → (prompt, the assistant's message)."""
-    opening = markup(text)
-    head, mark, response = text.rpartition(opening.rstrip("\n"))
-    if not mark or OPEN[OPENINGS.index(opening)] in response:
-        raise Drop("no assistant turn")
-    return head + opening, {"role": "assistant", "content": response}
-
-
 def without_prompt(row, values, style):
-    """The responses without the prompt's text, where both begin with it."""
+    """The responses without the prompt's text, where all begin with it: a templated one, or one
+    that a new line or four words and a space make more than a beginning they share."""
     said = row.get(next((k for k in PROMPTS if k in row), None))
     said = said.strip() if isinstance(said, str) else ""
     texts = [v.lstrip() if isinstance(v, str) else "" for v in values]
     if not said or not all(t.startswith(said) for t in texts):
         return values
     rest = [t[len(said):] for t in texts]
-    if not (is_transcript(said) or markup(said) or all(r[:1].isspace() for r in rest)):
+    space = re.compile(r"\s" if len(said.split()) > 3 else r"[ \t]*[\r\n]")
+    if not (is_transcript(said) or markup(said) or all(map(space.match, rest))):
         return values
-    style.notes["prompts repeated in both responses, taken out there"] += 1
+    style.notes["prompts repeated in every response, taken out there"] += 1
     return rest
+
+
+def bare(before, answers, style):
+    """Prompt and responses without what belongs to neither: the marks of a turn around all
+    responses, and a last turn of the prompt that is the beginning of all or the whole of one."""
+    if isinstance(before, list):
+        for mark in (OPENED.match, ENDS.search):
+            if all(found := [mark(a["content"]) for a in answers]):
+                answers = [{**a, "content": m.string[:m.start()] + m.string[m.end():]}
+                           for a, m in zip(answers, found)]
+                style.notes["rows with marks of a turn around every response, taken off"] += 1
+    last = before[-1] if isinstance(before, list) and before else {"role": "user"}
+    if last["role"] == "assistant" and (any(same(last, a) for a in answers) or all(
+            re.match(rf"{re.escape(last['content'].strip())}(?!\w)", a["content"].lstrip())
+            for a in answers)):
+        before = before[:-1]
+    return before, answers
 
 
 # ---------------------------------------------------------------- raw row → clean row
@@ -323,17 +403,20 @@ def write(style, history, answers, tools=None):
     texts, marked = [a["content"] for a in answers], isinstance(history, str)
     keys = {} if marked else other_keys([*history, *answers])
     if marked:  # templated already: only an opening may lack
-        opening = markup(history)
-        if not history.rstrip().endswith(opening.rstrip()):
-            history = history.rstrip("\n") + ("\n" if opening[0] == "<" else " ") + opening
-        prompt, texts = history, [ENDS.sub("", t).strip() for t in texts]
+        prompt = open_turn(history, markup(history))
+        texts = [ENDS.sub("", OPENED.sub("", t, count=1)
+                          if OPENED.match(t) else t).strip() for t in texts]
     else:
+        if any(SPECIAL.search(m["content"]) for m in [*history, *answers]):
+            style.notes["rows hold marks of a template that is not known, kept as text"] += 1
         if style.form == "chat" and (keys or tools):
             check_used(style, history, answers, tools)
         elif set(CALLS) & keys:
             raise Bad("`tool_calls` needs a --model whose chat template writes them")
         elif len(set(texts)) == 1 < len({json.dumps(a, sort_keys=True) for a in answers}):
             raise Bad(f"the responses differ in `{min(keys)}` only, which is not used")
+        elif unused := keys & set(REASONING):
+            style.notes[f"rows whose `{min(unused)}` is not used"] += 1
         prompt, texts = render(style, history, answers, tools)
     if not prompt.strip():
         raise Drop("empty prompt")
@@ -343,10 +426,11 @@ def write(style, history, answers, tools=None):
     return prompt, [lead + t for t in texts]
 
 
-def write_none(row, names):
+def write_none(row, names, style):
     """--template none: (prompt, responses) as they stand in the columns; an HH dialogue is divided
     after its last mark."""
-    prompt, texts = row.pop("prompt", None), [string(row, name).rstrip() for name in names]
+    texts = without_prompt(row, [string(row, name).rstrip() for name in names], style)
+    prompt = row.pop("prompt", None)
     if not isinstance(prompt, str | None):
         raise Bad("messages need --template auto or hh")
     if prompt is None:
@@ -365,7 +449,7 @@ def write_none(row, names):
 
 def other_keys(history):
     """What messages have beside role and content."""
-    return {k for m in history for k in m} - {"role", "content", "name"}
+    return {k for m in history for k in m} - {"role", "content", "name", "tool_call_id"}
 
 
 def check_used(style, history, answers, tools):
@@ -379,14 +463,16 @@ def check_used(style, history, answers, tools):
                 for a in answers]
         if bare == whole and (key not in REASONING or alike):
             raise Bad(f"`{key}` cannot be used: the chat template does not write it")
+        if bare == whole:
+            style.notes[f"rows whose `{key}` the chat template does not write"] += 1
 
 
 def take_tools(row, style):
     """Columns that belong to the prompt: `tools` for a chat template; Bad where one cannot be
     used."""
-    if isinstance(row.get("input"), dict):  # OpenAI: messages, and tools beside them
-        inner = row.pop("input")
-        row |= {"prompt": inner.get("messages"), **{k: inner[k] for k in CARRIERS if k in inner}}
+    if isinstance(row.get("input"), dict) and "messages" in row["input"] and "prompt" not in row:
+        inner = row.pop("input")  # OpenAI: messages, and tools beside them
+        row |= {"prompt": inner["messages"], **{k: inner[k] for k in CARRIERS if k in inner}}
     tools = None
     for name in CARRIERS:
         value = row.pop(name, None)
@@ -417,6 +503,7 @@ def read_row(row, kind, style, task, ignored=None):
     given = re.sub(r"\W+", "_", string(row, "task").lower()) if "task" in row else ""
     own = [row.pop(k, None) for k in ("task", "id")]
     clean = {"pairs": read_pair, "sft": read_sft}.get(kind, read_prompt)(row, style)
+    check_left(row, clean, kind)
     if kind != "sft":
         clean["task"] = given.strip("_")[:40] or task  # becomes part of a file name
     try:
@@ -424,14 +511,34 @@ def read_row(row, kind, style, task, ignored=None):
     except UnicodeEncodeError:
         raise Bad("a text holds a lone surrogate, which UTF-8 cannot write") from None
     if ignored is not None:
-        ignored.update(k for k in row if isinstance(k, str))
+        ignored.update(k for k in row if k and isinstance(k, str))
     return clean
+
+
+def check_left(row, clean, kind):
+    """Bad where a column that is left holds words of the conversation that nothing else has."""
+    kept = " ".join(x for x in clean.values() if isinstance(x, str))
+    for name in (*PROMPTS, "input", "system", "system_prompt", "history"):
+        if kind == "prompts" and not isinstance(row.get(name), str):
+            continue  # whole dialogues, whose responses are not wanted
+        if not all(held(text, kept) for text in words(parsed(row.get(name)))):
+            raise Bad(f"column `{name}` belongs to the prompt and was not used")
+
+
+def words(value):
+    """All texts in a value of a column, but the names of roles and kinds."""
+    if isinstance(value, dict):
+        value = [v for k, v in value.items() if k not in ("role", "from", "type")]
+    if isinstance(value, list):
+        return [text for v in value for text in words(v)]
+    return [str(value)] if str(value).strip() and not isinstance(value, bool | None) else []
 
 
 def read_pair(row, style):
     extra = carried(row)
     if style.form == "none":
-        prompt, texts = write_none(row, ("chosen", "rejected"))
+        take_tools(row, style)
+        prompt, texts = write_none(row, ("chosen", "rejected"), style)
     else:
         prompt, texts = read_dialogues(row, style)
     if texts[0].strip() == texts[1].strip():
@@ -462,7 +569,9 @@ def divide(row, style):
     (before, chosen), (other, rejected) = sides
     if before != other:
         raise Drop("prompts differ")
-    return before, [chosen, rejected], came
+    if history is None:
+        before = with_columns(row, before)
+    return *bare(before, [chosen, rejected], style), came
 
 
 def as_came(row, style):
@@ -487,6 +596,8 @@ def carried(row):
     """Take the known columns beside the texts out of the row, checked; `margin` is the mean
     difference where only that is given."""
     out = {k: row.pop(k) for k in (*SCORES, *NUMBERS, LABEL) if k in row}
+    # CSV has texts only
+    out = {k: v if not isinstance(v, str) else literal(v) for k, v in out.items() if v != ""}
     for name, value in out.items():
         for x in value if name in SCORES and isinstance(value, list) else [value]:
             # NaN is not either
@@ -507,25 +618,30 @@ def carried(row):
 def read_sft(row, style):
     names = [k for k in ANSWERS if k in row]
     if style.form == "none":
-        prompt, (response,) = write_none(row, names[:1] or ["response"])
+        take_tools(row, style)
+        prompt, (response,) = write_none(row, names[:1] or ["response"], style)
         return {"prompt": prompt, "response": response}
-    tools, spoken = take_tools(row, style), {"messages", "conversations"} & row.keys()
-    answer = row.pop(names[0]) if names else None
+    tools, spoken = take_tools(row, style), set(PROMPTS[4:]) & row.keys()
+    value = without_prompt(row, [row.pop(names[0])], style)[0] if names else None
     history = take_history(row)
-    if answer is not None:
-        before, answer = read_side(answer, history, names[0])
-    elif spoken:
-        before, answer = split_last(history)
+    if spoken and isinstance(history, list) and (value is None
+                                                 or history[-1]["role"] == "assistant"):
+        before, answer = split_last(history)  # `answer` beside it may be a short form
+    elif value is not None:
+        before, answer = read_side(value, history, names[0])
+        before = with_columns(row, before) if history is None else before
     else:
         raise Bad("column `response` is missing")
+    before, (answer,) = bare(before, [answer], style)
     prompt, (response,) = write(style, before, [answer], tools)
     return {"prompt": prompt, "response": response}
 
 
 def read_prompt(row, style):
     if style.form == "none" and "prompt" in row:
+        take_tools(row, style)
         row["response"] = "-"
-        return {"prompt": write_none(row, ["response"])[0]}
+        return {"prompt": write_none(row, ["response"], style)[0]}
     tools, history = take_tools(row, style), take_history(row)
     if history is None:
         history, _ = read_side(take_sides(row)[0], None, "chosen")

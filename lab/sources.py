@@ -123,10 +123,14 @@ def file_rows(path):
         yield from csv_rows(text) if suffix in (".csv", ".tsv") else json_rows(text)
 
 
-def decoded(row):
-    """A row with its columns of bytes as text, or Bad where they are none."""
+def decoded(value):
+    """A value with its bytes as text, or Bad where they are none."""
     try:
-        return {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, list):
+            return [decoded(v) for v in value]
+        return {k: decoded(v) for k, v in value.items()} if isinstance(value, dict) else value
     except UnicodeDecodeError:
         return Bad("a column of bytes is not text in UTF-8")
 
@@ -151,10 +155,18 @@ def csv_rows(text):
     csv.field_size_limit(sys.maxsize)
     header = text.readline()
     delimiter = max(",;\t", key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter))
-    rows = csv.DictReader(text, names, delimiter=delimiter)
-    for row in rows:
-        yield rows.line_num + 1, Bad("more cells than the header has") if None in row else row
+    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
+    rows = csv.DictReader(text, names, delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(rows, None)
+            if row is None:
+                return
+            if None in row:
+                row = Bad("more cells than the header has")
+        except csv.Error as problem:
+            row = Bad(f"not CSV ({problem})")
+        yield rows.reader.line_num + 1, row
 
 
 def json_rows(text):

@@ -15,11 +15,25 @@ ROLES = {name: role for role, names in {
 }.items() for name in names.split()}
 NAMES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}  # in HH form
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-# texts in a chat template's markup: what opens the assistant's turn, and what ends one
-OPENINGS = ("<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
-            "<start_of_turn>model\n", "<|assistant|>\n", "[/INST]")
-OPEN = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]")
-ENDS = re.compile(r"\s*(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|</s>|<\|endoftext\|>)\s*\Z")
+# texts in a chat template's markup: {what opens the assistant's turn: what opens another}
+MARKUPS = {opening: re.compile(other) for opening, other in (
+    ("<|im_start|>assistant\n", r"<\|im_start\|>(?!assistant)\w+\n"),
+    ("<|im_start|>assistant<|im_sep|>", r"<\|im_start\|>(?!assistant)\w+<\|im_sep\|>"),
+    ("<|start_header_id|>assistant<|end_header_id|>\n\n",
+     r"<\|start_header_id\|>(?!assistant)\w+<\|end_header_id\|>"),
+    ("<|header_start|>assistant<|header_end|>\n\n",
+     r"<\|header_start\|>(?!assistant)\w+<\|header_end\|>"),
+    ("<start_of_turn>model\n", r"<start_of_turn>(?!model)\w+\n"),
+    ("<|assistant|>\n", r"<\|(user|system)\|>\s"),
+    ("<｜Assistant｜>", r"<｜User｜>"),
+    ("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+     r"<\|START_OF_TURN_TOKEN\|><\|(USER|SYSTEM)_TOKEN\|>"),
+    ("[/INST]", r"\[INST\]"))}
+BEGIN = re.compile(r"\s*(<[^<>\s]+>|\[gMASK\]<sop>)?\s*")  # BOS, in any spelling
+ENDS = re.compile(
+    r"(\s*(<\|(im_end|eot_id|eot|end|return|endoftext|end_of_text|END_OF_TURN_TOKEN)\|>"
+    r"|<end_of_turn>|</s>|<eos>|<｜end▁of▁sentence｜>))+\s*\Z")
+SPECIAL = re.compile(r"<[|｜]\w+[|｜]>")
 CALLS = ("tool_calls", "function_call")
 DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
 
@@ -74,14 +88,16 @@ def render(style, history, answers, tools=None):
     if not any(m["content"].strip() or set(CALLS) & m.keys() for m in history
                if m["role"] != "system"):
         raise Drop("empty prompt")
-    begun = history[-1]["content"].rstrip() if history[-1]["role"] == "assistant" else None
+    prefill = history[-1]["content"] if history[-1]["role"] == "assistant" else ""
+    begun = prefill.rstrip() if history[-1]["role"] == "assistant" else None
     if not style.tokenizer:
         return render_hh(history, begun), [a["content"].strip() for a in answers]
     if begun is None:
         prompt = apply_template(style, history, tools, generate=True)
         wholes = [apply_template(style, [*history, a], tools) for a in answers]
     else:  # the response goes on with an assistant's turn
-        rest = [{**a, "content": f"{begun} {a['content'].lstrip()}"} for a in answers]
+        rest = [{**a, "content": prefill + " " * (not re.search(
+            r"\s", prefill[-1:] + a["content"][:1])) + a["content"]} for a in answers]
         wholes = [apply_template(style, [*history[:-1], a], tools) for a in rest]
         prompt = apply_template(style, history, tools)
         prompt = prompt[:prompt.rindex(begun) + len(begun)] if begun in prompt else prompt
@@ -100,25 +116,50 @@ def render_hh(history, begun=None):
     prompt = "\n\n".join(m["content"].strip() for m in history if m["role"] == "system")
     for m in history:
         if m["role"] != "system":
-            prompt += f"\n\n{NAMES[m['role']]}: {m['content'].strip()}"
+            prompt += f"\n\n{NAMES[m['role']]}: {m['content'].strip()}".rstrip(" ")
     return prompt if begun else prompt + ASSISTANT
 
 
 def transcript(text):
     """A text with HH marks, in any form of them, → messages."""
-    text = text.replace("\r\n", "\n")
-    line = "\n\n" if HUMAN in text.lstrip() or ASSISTANT in text else "\n"
+    text = re.sub("\r\n?", "\n", text)
+    wide = ASSISTANT in text or HUMAN in text.lstrip() and "\nAssistant:" not in text
+    line = "\n\n" if wide else "\n"
     first, *turns = re.split(rf"(?:\A\s*|{line})(Human|Assistant):", text)
-    system = [{"role": "system", "content": first.strip()}] if first.strip() else []
-    return system + [{"role": ROLES[role.lower()], "content": content.strip()}
+    role = "system" if "Human" in turns[::2] else "user"
+    before = [{"role": role, "content": first.strip()}] if first.strip() else []
+    return before + [{"role": ROLES[role.lower()], "content": content.strip()}
                      for role, content in zip(turns[::2], turns[1::2])]
 
 
 def is_transcript(text):
-    text = text.replace("\r\n", "\n")
-    return bool(re.match(r"\s*(Human|Assistant):", text)) or HUMAN in text or ASSISTANT in text
+    text = re.sub("\r\n?", "\n", text)
+    return (bool(re.match(r"\s*(Human|Assistant):", text)) or HUMAN in text or ASSISTANT in text
+            or bool(re.search(r"\nHuman:.*\nAssistant:\s*\Z", text, re.DOTALL)))
 
 
 def markup(text):
-    """The opening of the assistant's turn in a text that is templated already, else None."""
-    return next((o for o, mark in zip(OPENINGS, OPEN) if mark in text), None)
+    """What opens the assistant's turn in a text that begins with a chat template's markup, else
+    None."""
+    start = BEGIN.match(text).end(), len(text) - len(text.lstrip())
+    return next((opening for opening, other in MARKUPS.items()
+                 if any(other.match(text, at) for at in start)), None)
+
+
+def open_turn(text, opening):
+    """A prompt in a template's markup with the assistant's turn opened, where it is not yet: it may
+    have begun with words of the response."""
+    mark = opening.rstrip()
+    last = max((m.start() for m in MARKUPS[opening].finditer(text)), default=-1)
+    if text.rfind(mark) > last and not ENDS.search(text):
+        return text
+    return text.rstrip("\n") + ("\n" if opening[-1] == "\n" else " " * (mark[0] == "[")) + opening
+
+
+def split_markup(text):
+    """A whole dialogue in a template's markup → (prompt, the assistant's message)."""
+    opening = markup(text)
+    head, mark, response = text.rpartition(opening.rstrip("\n"))
+    if not mark or MARKUPS[opening].search(response):
+        raise Drop("no assistant turn")
+    return head + opening, {"role": "assistant", "content": response}

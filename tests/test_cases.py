@@ -146,6 +146,94 @@ ROWS = [
      f"\n\nHuman: {POST}\n\nAssistant:"),
     ("OpenAI's news", {"info": {"article": Q}, "summaries": [{"text": A}, {"text": B}],
                        "choice": 0}, f"\n\nHuman: ARTICLE: {Q}\n\nTL;DR:\n\nAssistant:"),
+    ("a choice between the two", {"prompt": Q, **TWO, "choice": 0.7}, "`choice`"),
+    ("a choice as text of a number", {"prompt": Q, **TWO, "choice": " 0.0"}, HH),
+    ("a letter for numbered responses", {"prompt": Q, **TWO, "choice": "A"}, HH),
+    ("SHP, a share of votes", {"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 0.9},
+     "`labels`"),
+    ("both are bad", {"prompt": Q, **TWO, "winner": "both_bad"}, "no preference"),
+    ("chosen names a column", {"prompt": Q, **TWO, "chosen": "response_0",
+                               "rejected": "response_1"}, HH),
+    ("chosen is a letter beside two responses", {
+        "prompt": Q, "response_a": A, "response_b": B, "chosen": "A", "rejected": "B"}, HH),
+    ("a score that is NaN", {"instruction": Q, "completions": [
+        {"response": "So.", "overall_score": float("nan")}, {"response": B, "overall_score": 2},
+        {"response": A, "overall_score": 9}]}, HH),
+    ("messages end in the chosen one", {"messages": [user(), says(A)], **AB}, HH),
+    ("a plain prompt beside templated dialogues", {"prompt": Q, "chosen": CHATML + A,
+                                                   "rejected": CHATML + B}, CHATML),
+    ("another prompt beside templated dialogues", {"prompt": "Why is grass green?", "chosen":
+                                                   CHATML + A, "rejected": CHATML + B},
+     "prompts differ"),
+    ("Phi's end of a turn", {"prompt": f"<|user|>\n{Q}<|end|>\n<|assistant|>\n",
+                             "chosen": f"{A}<|end|>", "rejected": f"{B}<|end|>"},
+     f"<|user|>\n{Q}<|end|>\n<|assistant|>\n"),
+    ("DeepSeek's markup", {"prompt": f"<｜begin▁of▁sentence｜><｜User｜>{Q}", **AB},
+     f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜>"),
+    ("two ends of a turn", {"prompt": CHATML, "chosen": f"{A}<|im_end|>\n<|endoftext|>",
+                            "rejected": f"{B}<|im_end|>\n<|endoftext|>"}, CHATML),
+    ("an end of a turn beside a plain prompt", {"prompt": Q, "chosen": f"{A}</s>",
+                                                "rejected": f"{B}</s>"}, HH),
+    ("an end in one response only is text", {"prompt": Q, "chosen": f"{A}</s>", "rejected": B}, HH),
+    ("the opening in the responses", {
+        "prompt": Q, "chosen": f"<|im_start|>assistant\n{A}<|im_end|>",
+        "rejected": f"<|im_start|>assistant\n{B}<|im_end|>"}, HH),
+    ("HH, the mark in the responses", {"prompt": HH.removesuffix("\n\nAssistant:"),
+                                       "chosen": f"\n\nAssistant: {A}",
+                                       "rejected": f"\n\nAssistant: {B}"}, HH),
+    ("ChatML with a beginning", {"prompt": f"{CHATML}Sure:", **AB}, f"{CHATML}Sure:"),
+    ("markup in prose", {"prompt": "What does [INST] do?", **AB},
+     "\n\nHuman: What does [INST] do?\n\nAssistant:"),
+    ("system without a prompt column", {"system": "Be kind.", **BOTH}, SYSTEM),
+    ("history without a prompt column", {"history": [["Hi", "Hello."]], **BOTH}, TALK),
+    ("another system turn", {"prompt": [says("Be kind.", "system"), user()], "system": "Be brief.",
+                             **AB}, "`system`"),
+    ("other messages beside a prompt", {"prompt": Q, "messages": [user("What is the capital?")],
+                                        **AB}, "`messages`"),
+    ("a list of inputs", {"instruction": Q, "input": ["the sea"], **AB}, "`input`"),
+    ("an input that is a number", {"instruction": Q, "input": 5, **AB}, "`input`"),
+    ("the question inside the prompt", {"prompt": f"Be brief.\n\n{Q}", "question": Q, **AB},
+     f"\n\nHuman: Be brief.\n\n{Q}\n\nAssistant:"),
+    ("history that the prompt repeats", {"prompt": TALK, "history": [["Hi", "Hello."]], **AB},
+     TALK),
+    ("history as JSON text", {"prompt": Q, "history": '[["Hi", "Hello."]]', **AB}, TALK),
+    ("history that is empty text", {"prompt": Q, "history": "", **AB}, HH),
+    ("a beginning that the sides repeat, text", {
+        "prompt": [user(), says("Sure:")], "chosen": f"Sure: {A}", "rejected": f"Sure: {B}"}, HH),
+    ("a first word that both share is text", {
+        "prompt": "Hello", "chosen": "Hello there", "rejected": "Hello you"},
+     "\n\nHuman: Hello\n\nAssistant:"),
+    ("Python text of messages", {"prompt": Q, "chosen": str(BOTH["chosen"]),
+                                 "rejected": str(BOTH["rejected"])}, HH),
+    ("an object of messages as JSON text", {"prompt": json.dumps({"messages": [user()]}), **AB},
+     HH),
+    ("text of messages that is cut", {"prompt": json.dumps([user()])[:-3], **AB}, "neither JSON"),
+    ("a JSON answer with a role is text", {"prompt": Q, "chosen": '{"role": "admin"}',
+                                           "rejected": "No."}, HH),
+    ("HH, one newline after a preamble", {"prompt": f"Be kind.\nHuman: {Q}\nAssistant:", **AB},
+     SYSTEM),
+    ("HH, one newline after a preamble, dialogues", {
+        "chosen": f"Be kind.\nHuman: {Q}\nAssistant: {A}",
+        "rejected": f"Be kind.\nHuman: {Q}\nAssistant: {B}"}, SYSTEM),
+    ("HH, both newlines", {"prompt": f"\n\nHuman: {Q}\nAssistant:", **AB}, HH),
+    ("HH, CR", {"prompt": HH.replace("\n", "\r"), **AB}, HH),
+    ("HH, no first mark", {"prompt": f"{Q}\n\nAssistant:", **AB}, HH),
+    ("a response that begins like a dialogue is text", {
+        "prompt": Q, "chosen": " Human: Hi\n\nAssistant: Hello.", "rejected": B}, HH),
+    ("OpenAI's TL;DR without a post", {"info": {"title": "Blue", "post": None}, "summaries": [
+        {"text": A}, {"text": B}], "choice": 0}, "empty prompt"),
+    ("a prompt of two texts", {"prompt": ["Hi", "Hello."], **AB}, "even number"),
+    ("a tool's turn with its id", {"prompt": [user("Hi"), {**says("42", "tool"),
+                                                           "tool_call_id": "x"}, user()], **AB},
+     TOOL),
+    ("the last user's turn in the sides only", {
+        "prompt": [user("Hi"), says("Hello."), user()], **BOTH}, TALK),
+    ("turns that the sides add", {"prompt": "Hi", "chosen": [says("Hello."), *BOTH["chosen"]],
+                                  "rejected": [says("Hello."), *BOTH["rejected"]]}, TALK),
+    ("Capybara's conversation", {"conversation": [{"input": Q, "output": A}], **BOTH}, HH),
+    ("a margin from CSV", {"prompt": Q, **AB, "margin": "0.5", "gold_chosen": ""}, HH),
+    ("messages whose role is unknown name their column", {"prompt": Q, "chosen": [says(A, "x")],
+                                                          "rejected": B}, "`chosen`: a message"),
     ("no prompt", AB, "column `prompt` is missing"),
     ("no rejected", {"prompt": Q, "chosen": A}, "column `rejected` is missing"),
     ("labels of single responses", {"prompt": Q, "completion": A, "label": True}, "column `label`"),
@@ -161,9 +249,32 @@ def test_row(why, row, want):
         assert want in str(problem) and "\n" not in want and A not in str(problem)
         return
     assert clean["prompt"] == want
-    if "text" not in why:  # else a response is not A or B as it stands
+    if "text" not in why or "text of" in why:  # else a response is not A or B as it stands
         bare = [clean[side].strip() for side in ("chosen", "rejected")]
         assert bare == ([A, B] if "JSON text that" not in why else bare)
+
+
+@pytest.mark.parametrize("row, kind, want", [
+    ({"messages": [user(), says(A)], "answer": "scatters"}, "sft", [HH, f" {A}"]),
+    ({"prompt": Q, "response": f"{Q}\n{A}"}, "sft", [HH, f" {A}"]),
+    ({"prompt": Q, "messages": [user(), says(A)], "chosen": A}, "prompts", [HH])])
+def test_rows_of_other_kinds(row, kind, want):
+    clean = formats.read_row(row, kind, formats.style_of("tiny"), "general")
+    assert [clean[k] for k in ("prompt", "response") if k in clean] == want
+
+
+@pytest.mark.parametrize("row, want", [
+    ({"prompt": Q, "system": "Be kind.", **AB}, "`system`"),
+    ({"prompt": Q, "tools": [CALL], **AB}, "`tools`"),
+    ({"prompt": HH, "chosen": HH + A, "rejected": HH + B}, (HH, A, B)),
+    ({"prompt": Q, "question": Q, **AB}, (Q, A, B))])
+def test_rows_as_they_stand(row, want):
+    try:
+        clean = formats.read_row(row, "pairs", formats.style_of("tiny", "none"), "general")
+    except formats.Bad as problem:
+        assert want in str(problem)
+    else:
+        assert (clean["prompt"], clean["chosen"], clean["rejected"]) == want
 
 
 PAIRS = [{"prompt": f"{Q} {i}", "chosen": f"{A} é", "rejected": B} for i in range(6)]
@@ -196,6 +307,10 @@ FILES = [
     ("a folder of files", {"d/a.jsonl": LINES[:LINES.index("\n") + 1].encode(), "d/notes.txt": b"x",
                            "d/b/c.csv": CSV.replace(f"{Q} 0", f"{Q} 0").encode()}, "d"),
     ("a glob", {"d/a.jsonl": LINES.encode(), "d/b.csv": b"no"}, "d/*.jsonl"),
+    ("CSV, spaces in its header", {"x.csv": CSV.replace(",", " ,", 2).encode()}, "x.csv"),
+    ("Parquet, bytes in messages", {"x.parquet": parquet([
+        {"prompt": [{"role": b"user", "content": p["prompt"].encode()}],
+         "chosen": p["chosen"].encode(), "rejected": B.encode()} for p in PAIRS])}, "x.parquet"),
     ("Parquet with bytes", {"x.parquet": parquet([{k: v.encode() for k, v in p.items()}
                                                   for p in PAIRS])}, "x.parquet"),
 ]
@@ -229,7 +344,8 @@ def test_files_of_a_folder_have_its_tasks_and_ids(tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("x.jsonl", b"\xff{}\n"), ("x.jsonl.bz2", bz2.compress(LINES.encode())),
-    ("x.jsonl.zst", b"no"), ("x.parquet.gz", b"no"), ("x.csv", b"prompt,chosen\n1,2,3\n")])
+    ("x.jsonl.zst", b"no"), ("x.parquet.gz", b"no"), ("x.csv", b"prompt,chosen\n1,2,3\n"),
+    ("x.csv", CSV.encode() + b'"no end,b,c\n'), ("x.csv", CSV.encode() + b'"a"b,c,d\n')])
 def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, capsys):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as stop:
@@ -251,7 +367,7 @@ def test_what_is_kept_all_the_same_is_counted(tmp_path):
     made = json.loads((tmp_path / "out/00_data/manifest.json").read_text())["metrics"]
     assert made["kept"] == 7 and made["drops"] == {} and made["unused"] == ["mood"]
     assert made["notes"] == {"pairs contradict another one, both are kept": 3,
-                             "prompts repeated in both responses, taken out there": 7}
+                             "prompts repeated in every response, taken out there": 7}
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="the shared cases lie outside the project")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,6 +133,15 @@ def test_messages_through_the_chat_template(chat_model):
     assert read(pair(1), model=chat_model, template="hh") == read(pair(1))
 
 
+def test_one_bos_where_the_text_has_its_own(chat_model):
+    import common
+    tokenizer, run = common.load_tokenizer(chat_model), {
+        "form": "hh", "end": "", "max_prompt_tokens": 8, "max_response_tokens": 8}
+    rows = [{"id": i, "prompt": p, "response": " x"} for i, p in enumerate(("<s> Hi", "Hi"))]
+    (own,), (added,) = ([g["prompt"]] for g in common.encode(tokenizer, rows, ["response"], run))
+    assert own == added == [0, 2]
+
+
 @pytest.mark.parametrize("spelling", ["chosen score list", "chosen_score_list"])
 def test_released_strength_set(spelling):
     history = ["Hi", "Hello.\n\nWhat?", "Joke!"]
@@ -204,7 +213,7 @@ BAD = [
     pair(1, chosen_score_list=[float("inf")], rejected_score_list=[1]),
     pair(1, judge_label=2),
     pair(1, task=3),
-    pair(1, gold_chosen="1.0"),
+    pair(1, gold_chosen="1.0 or 2"),
     pair(1, gold_chosen=10**400),
     pair(1, **{"GPT4 label": "yes"}),]
 
@@ -432,7 +441,9 @@ def test_a_million_characters_and_control_characters_are_kept():
 
 
 text = st.text(max_size=5) | st.sampled_from(
-    ["", " ", "Hi", "yes", HI, HI + " yes", HI + " no", "\ud800", "\n\nHuman:"])
+    ["", " ", "Hi", "yes", HI, HI + " yes", HI + " no", "\ud800", "\n\nHuman:", "Assistant: a",
+     "a</s>", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "[INST] Hi [/INST] yes",
+     "[{'role': 'user', 'content': 'Hi'}]", '[["Hi", "yes"]]'])
 anything = st.none() | st.booleans() | st.integers() | st.floats() | text
 message = st.dictionaries(
     st.sampled_from(["role", "content", "from", "value"]),
@@ -443,10 +454,13 @@ cell = text | turn_list | anything | st.lists(st.floats() | st.integers(), max_s
 columns = st.sampled_from([
     "prompt", "chosen", "rejected", "messages", "conversations", "response", "id", "task", "margin",
     "judge_label", "GPT4 label", "chosen score list", "rejected_score_list",
-    "mean preference difference", "gold_chosen"])
+    "mean preference difference", "gold_chosen", "system", "history", "question", "input",
+    "response_0", "response_1", "choice", "completions", "tools"])
 
 
-@settings(max_examples=1000, deadline=None)
+# found once: a response that holds a dialogue
+@example(row={"chosen": ["0", "", "", "0"], "rejected": ["0", "", "", HI]}, kind="pairs")
+@settings(max_examples=1000, deadline=None, derandomize=True)
 @given(
     row=st.dictionaries(columns, cell) | st.fixed_dictionaries({"chosen": cell, "rejected": cell})
     | cell, kind=st.sampled_from(["pairs", "sft", "prompts"]))
@@ -462,9 +476,11 @@ def test_any_row_is_kept_dropped_or_reported(row, kind):
         assert str(problem) and "\n" not in str(problem)
     else:
         again = json.loads(json.dumps(clean, ensure_ascii=False, allow_nan=False).encode())
-        assert again == clean and "\n\nAssistant:" in clean["prompt"]  # or its turn is begun
+        assert again == clean and ("\n\nAssistant:" in clean["prompt"]  # or its turn is begun
+                                   or formats.markup(clean["prompt"]))
         texts = {"pairs": ("chosen", "rejected"), "sft": ("response",), "prompts": ()}[kind]
-        assert all(clean[k] == " " + clean[k].strip() != " " for k in texts)
+        lead = "" if formats.markup(clean["prompt"]) else " "
+        assert all(clean[k] == lead + clean[k].strip() != lead for k in texts)
         if kind == "pairs":
             # reading its own output is no change
             assert clean["chosen"] != clean["rejected"] and read(clean) == clean
