@@ -29,7 +29,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
 # ---- flags: the driver's and the launcher's own here, all others go to lab/experiments.py
 given=$(printf ' %q' "$@")
-mode=run out=out stage='' gpus='' hostfile='' dry_run='' restart='' flags=()
+mode=run out=out stage='' gpus='' hostfile='' dry_run='' restart='' flags=() activate=''
 case ${1:-} in test|verify|replay|experiments|clean) mode=$1; shift ;; esac
 while [ $# -gt 0 ] && [ $mode != test ]; do
   case $1 in
@@ -47,7 +47,6 @@ done
 [[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus takes a positive whole number, got: $gpus"
 
 # ---- environment: an active one is used as it is, else .venv is made from requirements.txt
-activate=
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   python3 "$here/lab/environment.py" || exit 2
   if ! cmp -s "$here/requirements.txt" "$here/.venv/installed.txt"; then
@@ -67,11 +66,12 @@ case $mode in
   test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
   verify|replay) exec python -m lab.verify "$out" ${stage:+--replay "$stage"} ;;
 esac
-# ---- launcher: one process without GPUs; a free port, for two runs on one stop each other
+# ---- launcher: on a free port, for two runs on one stop each other; one process needs none (5 s)
 port=$((20000 + $(cksum <<<"$PWD/$out" | cut -d' ' -f1) % 9000))
 while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
-[ -n "$gpus$hostfile" ] || nvidia-smi -L >/dev/null 2>&1 || { gpus=1; export DS_ACCELERATOR=cpu; }
-launcher=(${gpus:+--num_gpus "$gpus"} ${hostfile:+--hostfile "$hostfile"} --master_port $port)
+launcher=(deepspeed --master_port $port ${gpus:+--num_gpus "$gpus"} ${hostfile:+-H "$hostfile"})
+[ -n "$gpus$hostfile" ] || nvidia-smi -L &>/dev/null ||
+  { launcher=(python); export DS_ACCELERATOR=cpu; }
 stopping='' child=
 stop() {  # to the processes of the stage, not to the launcher, which would kill them after 30 s
   stopping=1
@@ -90,7 +90,7 @@ launch() {  # a command in a group of its own, so that Ctrl-C reaches its stage 
 if [ $mode = experiments ]; then
   all=("${code}lab/experiments.py" --out "$out" "${flags[@]}" $restart $dry_run)
   [ -z "$dry_run" ] || exec python "${all[@]}"
-  launch deepspeed "${launcher[@]}" "${all[@]}" || fail "an experiment failed: try it again"
+  launch "${launcher[@]}" "${all[@]}" || fail "an experiment failed: try it again"
   launch python "${code}09_report.py" --out "$out" || fail "the report failed"
   echo "the page is $out/09_report/index.html"; exit 0
 fi
@@ -105,7 +105,7 @@ exec 9>"$out/.run_all.lock"
 while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
   case $do in note) echo; echo "== $id"; continue ;;
     skip) echo "== $id is complete, skipped"; continue ;; esac
-  eval "command=(deepspeed $(printf '%q ' "${launcher[@]}") $quoted$script)"
+  eval "command=($(printf '%q ' "${launcher[@]}") $quoted$script)"
   case $id in 00_data|09_report|clean) eval "command=(python $quoted$script)" ;; esac
   echo; echo "== $id: $purpose"; echo "   ${command[*]}"; echo "   minutes expected: $minutes"
   printf '%q ' "${command[@]}" >>"$out/commands.log"; echo >>"$out/commands.log"

@@ -155,9 +155,9 @@ def take_history(row):
     where there are none."""
     if isinstance(row.get("info"), dict):
         return [{"role": "user", "content": tldr(row.pop("info"))}]
-    if isinstance(row.get("history"), str) and "prompt" not in row:  # SHP
-        row["prompt"] = row.pop("history")
     names = [k for k in (*PROMPTS, "input") if k in row]
+    if not names and isinstance(row.get("history"), str):  # SHP
+        names = ["history"]
     if not names:
         return None
     base = parsed(row.pop(names[0]))
@@ -215,12 +215,10 @@ def earlier(row):
     if isinstance(turns, str):
         turns = [] if not turns.strip() else literal(turns) or turns
     for turn in turns if isinstance(turns, list) else [turns]:
-        if isinstance(turn, dict):
-            out.append(message(turn))
-        elif is_texts(turn) and len(turn) < 3:
+        if is_texts(turn) and len(turn) < 3:
             out += [{"role": r, "content": t} for r, t in zip(("user", "assistant"), turn)]
         else:
-            raise Bad("`history` is no list of messages or of [question, answer] pairs")
+            out += messages([turn], "history")
     return out
 
 

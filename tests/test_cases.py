@@ -196,7 +196,7 @@ ROWS = [
      f"\n\nHuman: Be brief.\n\n{Q}\n\nAssistant:"),
     ("history that the prompt repeats", {"prompt": TALK, "history": [["Hi", "Hello."]], **AB},
      TALK),
-    ("history as JSON text", {"prompt": Q, "history": '[["Hi", "Hello."]]', **AB}, TALK),
+    ("history as JSON text", {"query": Q, "history": '[["Hi", "Hello."]]', **AB}, TALK),
     ("history that is empty text", {"prompt": Q, "history": "", **AB}, HH),
     ("a beginning that the sides repeat, text", {
         "prompt": [user(), says("Sure:")], "chosen": f"Sure: {A}", "rejected": f"Sure: {B}"}, HH),

@@ -133,6 +133,14 @@ def test_messages_through_the_chat_template(chat_model):
     assert read(pair(1), model=chat_model, template="hh") == read(pair(1))
 
 
+def test_a_begun_turn_keeps_its_white_space(chat_model):
+    for begun, answer, want in (("Sure:\n", "yes", "\nyes"), ("Sure:", "yes", " yes"),
+                                ("Sure:", "\n- yes", "\n- yes")):
+        row = read({"prompt": spoken(("user", "Hi"), ("assistant", begun)), "chosen": answer,
+                    "rejected": "\nno"}, model=chat_model)
+        assert (row["prompt"], row["chosen"]) == ("<s><user>Hi<assistant>Sure:", want)
+
+
 def test_one_bos_where_the_text_has_its_own(chat_model):
     import common
     tokenizer, run = common.load_tokenizer(chat_model), {

@@ -136,7 +136,7 @@ def test_a_port_in_use_is_left_to_its_user(tmp_path):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        done = run("bash", "run_all.sh", "--out", out, "--limit", 1, "--to", "01")
+        done = run("bash", "run_all.sh", "--out", out, "--limit", 1, "--to", "01", "--gpus", 1)
     assert f"--master_port {port + 1}" in done.stdout
 
 
