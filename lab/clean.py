@@ -20,6 +20,7 @@ the threshold of the training pairs.
 """
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ import jinja2  # noqa: E402
 from lab import figures, formats, sources  # noqa: E402
 
 MEAN, STD = "mean preference difference", "std preference difference"
-FLIP_BELOW, DOUBTFUL = 0.2, 100
+DOUBTFUL = 100
 PAGE = """<!DOCTYPE html><meta charset=utf-8><title>Doubtful pairs</title>
 <style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
 td, th { text-align: left; vertical-align: top; padding: .3rem; border-bottom: 1px solid #ccc }
@@ -48,11 +49,24 @@ pre { white-space: pre-wrap; margin: 0 }</style>
 
 
 def verdicts(train, valid):
-    """{id: flip, soften or keep}: the paper's rule on the training pairs, its threshold on all."""
-    order = sorted(train, key=lambda row: row[MEAN])
-    threshold = order[max(0, round(FLIP_BELOW * len(order)) - 1)][MEAN]
-    return {r["id"]: "flip" if r[MEAN] < 0 and r[MEAN] <= threshold else
-            "soften" if r[MEAN] < 0 else "keep" for r in train + valid}
+    """{id: flip, soften or keep}: stage 04's rule on the training pairs, its threshold on others."""
+    stage = import_module("04_rm_denoise")
+    relabelled = stage.relabel(train, stage.METHODS["flip"]["flip_below"])
+    flipped = {r["id"]: r[MEAN] for r in relabelled if r["flipped"]}
+    threshold = max(flipped.values(), default=float("-inf"))
+    flipped |= {r["id"]: r[MEAN] for r in valid if r[MEAN] <= threshold}
+    return {r["id"]: "flip" if r["id"] in flipped else "soften" if r[MEAN] < 0 else "keep"
+            for r in train + valid}
+
+
+def layout(originals, rows, style):
+    """{id: the pair in the layout that it came in}, in messages where there are several layouts."""
+    for spoken in (False, True):
+        pairs = {r["id"]: formats.as_came(originals[r["id"]], style, spoken) for r in rows}
+        if len({tuple((k, type(pair[k])) for k in ("prompt", "chosen") if k in pair)
+                for pair in pairs.values()}) == 1:
+            break
+    return pairs
 
 
 def read_again(data):
@@ -78,9 +92,10 @@ def main(argv=None):
     splits = {name: common.read_jsonl(strength / f"{name}.jsonl") for name in ("train", "valid")}
     originals, style = read_again(data)
     verdict, out = verdicts(*splits.values()), []
+    pairs = layout(originals, sum(splits.values(), []), style)
     for split, rows in splits.items():
         for row in rows:
-            came, flip = formats.as_came(originals[row["id"]], style), verdict[row["id"]] == "flip"
+            came, flip = pairs[row["id"]], verdict[row["id"]] == "flip"
             if flip:
                 came |= {"chosen": came["rejected"], "rejected": came["chosen"]}
             out.append(came | {

@@ -572,22 +572,32 @@ def divide(row, style):
     return *bare(before, [chosen, rejected], style), came
 
 
-def as_came(row, style):
-    """A preference row that `read_row` reads, in the layout that it came in, under TRL's names:
-    messages as messages, whole dialogues as texts, else a prompt's text and two responses'."""
+def as_came(row, style, spoken=False):
+    """A preference row that `read_row` reads, under TRL's names and in the layout that it came in:
+    whole dialogues as a text each, a prompt's text and two responses', else, or if `spoken`,
+    messages; and its tools. Read again it gives what it gave."""
     row = {k: v for k, v in row.items() if v is not None}
-    given = row.get("prompt")
+    texts = [v for v in (row.get("chosen"), row.get("rejected")) if isinstance(v, str)]
+    whole = not {*PROMPTS, "input", "info", "system", "system_prompt", "history"} & row.keys()
     if style.form == "none":
-        return {k: row[k] for k in ("prompt", "chosen", "rejected") if k in row}
+        prompt, sides = write_none(row, ("chosen", "rejected"), style)
+        return dict(zip(("chosen", "rejected"), texts)) if whole else {
+            "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+    tools, given = take_tools(row, style), next((row[k] for k in PROMPTS if k in row), None)
     before, answers, came = divide(row, style)
-    texts = all(isinstance(parsed(v), str) for v in came)
-    if texts and isinstance(given, str):
-        return {"prompt": given, "chosen": came[0], "rejected": came[1]}
-    if texts and (isinstance(before, str) or any(map(is_transcript, came))):
-        return {"chosen": came[0], "rejected": came[1]}
-    if texts and len(before) == 1:
-        return {"prompt": before[0]["content"], "chosen": came[0], "rejected": came[1]}
-    return {"prompt": before, "chosen": answers[:1], "rejected": answers[1:]}
+    if not spoken and not tools and all(isinstance(parsed(v), str) for v in came):
+        if whole:
+            return {"chosen": came[0], "rejected": came[1]}
+        if isinstance(before, str) or isinstance(given, str) and is_transcript(given):
+            prompt, sides = write(style_of("tiny"), before, answers)  # in HH form, or as templated
+            return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+        if len(before) == 1:
+            sides = [a["content"] for a in answers]
+            return {"prompt": before[0]["content"], "chosen": sides[0], "rejected": sides[1]}
+    prompt, sides = (before, [[a] for a in answers]) if isinstance(before, list) else write(
+        style, before, answers)
+    return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1],
+            **({"tools": tools} if tools else {})}
 
 
 def carried(row):

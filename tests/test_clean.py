@@ -126,6 +126,38 @@ def test_pairs_keep_the_layout_that_they_came_in(row, want):
     assert formats.as_came(row, formats.style_of("tiny")) == (want or row)
 
 
+@pytest.mark.parametrize("spoken", [False, True])
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_what_is_written_is_read_as_what_came(spoken, template):
+    """Every odd row that is kept: its prompt, the columns beside it, what was taken off."""
+    from test_cases import ROWS
+    style, kept = formats.style_of("tiny", template), 0
+    for why, row, _ in ROWS:
+        try:
+            want = formats.read_row(row, "pairs", style, "general")
+        except (formats.Drop, formats.Bad):
+            continue
+        came = formats.as_came(row, style, spoken)
+        got = formats.read_row(came, "pairs", style, "general")
+        assert [got[k] for k in ("prompt", "chosen", "rejected")] == [
+            want[k] for k in ("prompt", "chosen", "rejected")], why
+        assert not (spoken and template == "auto" and isinstance(came["prompt"], str)
+                    and not formats.markup(came["prompt"]))
+        kept += 1
+    assert kept > (20 if template == "none" else 80)
+
+
+def test_rows_of_several_layouts_are_written_as_messages():
+    from datasets import Dataset
+
+    from lab import clean
+    rows = {"1": {"instruction": "Hi", "chosen": "Yes.", "rejected": "No."},
+            "2": {"instruction": "Hi", "system": "Be kind.", "chosen": "Yes.", "rejected": "No."}}
+    pairs = clean.layout(rows, [{"id": i} for i in rows], formats.style_of("tiny"))
+    assert len(Dataset.from_list(list(pairs.values()))) == 2
+    assert [m["role"] for m in pairs["2"]["prompt"]] == ["system", "user"]
+
+
 def test_trl_trains_on_it(cleaned, tmp_path):
     import datasets
     import transformers
