@@ -123,8 +123,8 @@ def main(argv=None):
     rows = common.read_jsonl(data / "sft.jsonl")
     model, tokenizer = load_base(args, rows)
     pad_id = tokenizer.pad_token_id
-    if (data / "chat_template.jinja").exists():  # as 00 used it: with the date that it is told
-        tokenizer.chat_template = (data / "chat_template.jinja").read_text(encoding="utf-8")
+    used = data / "chat_template.jinja"  # as 00 used it, with the date that it is told; or not
+    tokenizer.chat_template = used.read_text(encoding="utf-8") if used.exists() else None
     common.log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary "
                f"{len(tokenizer)}")
     policy_end, end = common.endings(tokenizer, args.run)  # the policy learns to say EOS last

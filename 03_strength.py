@@ -17,6 +17,7 @@ set is small (--group_size).
     deepspeed 03_strength.py               # or: python 03_strength.py
 """
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,18 @@ def annotate(args, rows, tokenizer, members):
 
 def vote(args, groups, tokenizer, members):
     """Rewards of each pair under the models that may score it: a list of N tensors [M, 2]."""
-    votes = {g["id"]: [] for g in groups}
-    trained_on = {g["id"] for g in groups}
+    shares = []
     for member in members:
         left_out = Path(member) / "held_out.json"
-        held_out = set(common.read_json(left_out)) if left_out.exists() else trained_on
-        mine = [g for g in groups if g["id"] in held_out] or groups  # validation pairs: in no fold
-        for g, rewards in zip(mine, common.score_by(member, mine, args, tokenizer)):
+        ids = set(common.read_json(left_out)) if left_out.exists() else {g["id"] for g in groups}
+        shares.append([g for g in groups if g["id"] in ids] or groups)  # validation: in no fold
+    counts = Counter(g["id"] for share in shares for g in share)
+    if len(counts) < len(groups) or len(set(counts.values())) > 1:
+        common.die("pairs have unequal numbers of votes: --M must be a multiple of stage 02's "
+                   "--folds")
+    votes = {g["id"]: [] for g in groups}
+    for member, share in zip(members, shares):
+        for g, rewards in zip(share, common.score_by(member, share, args, tokenizer)):
             votes[g["id"]].append(rewards)
     return [torch.stack(v) for v in votes.values()]
 

@@ -160,7 +160,8 @@ def main(argv=None):
     if args.name and not common.is_name(args.name):
         common.die(f"--name {args.name} cannot be a directory of this stage")
     train, valid = (common.read_jsonl(strength / f"{split}.jsonl") for split in ("train", "valid"))
-    if args.percentile and not percentile_slice(train, *args.percentile):
+    low, high = args.percentile or (0, 100)
+    if not 0 <= low < high <= 100 or not percentile_slice(train, low, high):
         common.die("--percentile leaves no pair: LO and HI are in per cent, 0 to 100, LO below HI")
     for name in ("flip_below", "smoothing"):
         if not 0 <= (getattr(args, name) or 0) <= 1:

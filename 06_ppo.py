@@ -4,7 +4,7 @@
     --round r    from the policy of round r - 1 under 07_metarm/round_r
     --rm NAME    from pi^SFT, or 06_ppo/START (--start), under that model of stage 04, 05 or 07
 
-One step: K roll-outs for each prompt (one group), the score at EOS, a KL penalty against pi^SFT
+One step: K roll-outs for each prompt (one group), the score at its end, a KL penalty against pi^SFT
     r_t = -kl_beta (log pi(y_t) - log pi^SFT(y_t)) + [t is last] score      (Eq. 3; eta there)
 then GAE, advantages whitened over all response tokens, clipped policy and value losses. The curves
 of Figures 9, 12 and 17 are in metrics.jsonl (docs/metrics.md), ten answers in samples.jsonl.

@@ -1,9 +1,9 @@
 """Stage 07: MetaRM, Algorithm 1 (section 3.2): keep the reward model sharp on the policy's shifted
 outputs.
 
-Samples k responses per prompt from the policy of round r - 1 (samples.jsonl, the meta data set S),
-then trains a reward model from pi^SFT on the original pairs D. One step (Figure 14), with m prompts
-X_s of S and n pairs X_t of D:
+Samples k responses per prompt from the policy of round r - 1 (for round 1 from pi^SFT with
+--first_samples sft; samples.jsonl, the meta data set S), then trains a reward model from pi^SFT on
+the original pairs D. One step (Figure 14), with m prompts X_s of S and n pairs X_t of D:
 
     J  = 2/k^2 sum_{i<j} sigma(|r_i - r_j|)      difference loss on X_s                   (Eq. 11)
     theta' = theta + eta dJ(X_s)/dtheta          plain ascent, in place                   (Eq. 12)
@@ -199,7 +199,7 @@ def measure_equation_17(args, path, pairs, meta, tokenizer, size=4):
 
 
 def sample_meta(args, policy_dir, rows, run, tokenizer):
-    """k responses per prompt from the previous round's policy → groups, the meta data set S;
+    """k responses per prompt from the policy in `policy_dir` → groups, the meta data set S;
     samples.jsonl keeps them as text and as the ids they are trained on (decoding and encoding again
     need not give the same)."""
     path = run.dir / "samples.jsonl"
@@ -223,7 +223,7 @@ def sample_meta(args, policy_dir, rows, run, tokenizer):
 
 def main(argv=None):
     def add_flags(flag):
-        flag("--round", type=int, default=1, help="r >= 1: samples of 06_ppo/round_{r-1} (1)")
+        flag("--round", type=int, default=1, help="r >= 1: samples of round r - 1 (1)")
         flag("--name", help="name of the output directory (default: round_R)")
     args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
     r = args.round

@@ -3,9 +3,9 @@
 Letters of shape comments: B groups, K responses per group, T response tokens (EOS included), R
 rows, L columns of a row, H hidden size, V vocabulary, M models, N pairs.
 
-The one data structure is the **group**, a prompt with its K responses, each ending in EOS:
+The one data structure is the **group**, a prompt with its K responses, each with its end (EOS):
     {"id": str, "prompt": [token ids], "responses": [[token ids], ...]}
-A pair is K = 2 (chosen first), MetaRM's meta set K = k, PPO's roll-outs K = 4, SFT K = 1.
+A pair is K = 2 (chosen first), MetaRM's meta set K = k, PPO's roll-outs K = 4 or 16, SFT K = 1.
 """
 import random
 from functools import partial
@@ -65,7 +65,7 @@ def encode(tokenizer, rows, keys, run):
         response = whole[n:] if whole[:n] == prompts[i] else \
             tokenizer(text, add_special_tokens=False)["input_ids"]
         if not chat or len(response) > T:
-            response = response[:T - len(end)] + end
+            response = response[:len(response) - (response[-1:] == end)][:T - len(end)] + end
         groups[i]["responses"].append(response)
     return groups
 
@@ -96,7 +96,7 @@ def collate(groups, pad_id, layout="shared"):
         input_ids [R, L]; attention_mask bool [R, 1, L, L] or long [R, L]; position_ids [R, L]
         response_ids, mask [B, K, T]: the response tokens and which of them are real
         predict_index [B, K, T]: where in the flattened [R*L] states each is predicted from
-        last_index [B, K]: where the last token (EOS) is read, by index, never by looking for pad
+        last_index [B, K]: where the last token is read (EOS, say), by index, not by a search
         keep: columns that need logits; margin, smoothing [B], where the groups have them
     """
     shared = layout == "shared" and len(groups[0]["responses"]) > 1
@@ -185,13 +185,13 @@ class Float32Linear(torch.nn.Linear):
 
 
 class RewardModel(torch.nn.Module):
-    """A stock classifier with one output, read at each response's EOS. ZeRO-3 needs a module."""
+    """A stock classifier with one output, read at each response's end. ZeRO-3 needs a module."""
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batch, values=False):
-        """→ rewards [B, K] and features [B, K, H] at EOS; with `values`, V(s_t) [B, K, T] at the
+        """→ rewards [B, K] and features [B, K, H] there; with `values`, V(s_t) [B, K, T] at the
         state before each response token and its features [B, K, T, H]."""
         hidden = self.model.base_model(**model_inputs(batch, self.model)).last_hidden_state
         h = hidden.flatten(0, 1)[batch["predict_index" if values else "last_index"]]  # of [R*L, H]
@@ -369,7 +369,7 @@ def choose_layout(args, forward, groups):
 
 def score(model, groups, args, layout, pad_id, features=False):
     """Rewards [N, K] (fp32, CPU) of all groups under a reward model or its engine, ranks sharing
-    the work; with `features` also the EOS features [N, K, H]."""
+    the work; with `features` also the features [N, K, H] there."""
     was_training, mine = model.training, []
     model.eval()
     order = sorted(range(len(groups)), key=lambda i: group_length(groups[i]))

@@ -14,6 +14,8 @@ def check(args):
     name = args.model
     if name == "tiny":
         return
+    if name.startswith(("/", ".", "~")) and not os.path.isdir(name):
+        common.die(f"--model {name} is no folder")
     try:
         config, tokenizer = common.load_config(name, "CausalLM"), common.load_tokenizer(name)
     except (OSError, ValueError, KeyError) as error:

@@ -20,7 +20,6 @@ the threshold of the training pairs.
 """
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +31,7 @@ import jinja2  # noqa: E402
 from lab import figures, formats, sources  # noqa: E402
 
 MEAN, STD = "mean preference difference", "std preference difference"
-DOUBTFUL = 100
+FLIP_BELOW, DOUBTFUL = 0.2, 100
 PAGE = """<!DOCTYPE html><meta charset=utf-8><title>Doubtful pairs</title>
 <style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
 td, th { text-align: left; vertical-align: top; padding: .3rem; border-bottom: 1px solid #ccc }
@@ -49,10 +48,9 @@ pre { white-space: pre-wrap; margin: 0 }</style>
 
 
 def verdicts(train, valid):
-    """{id: flip, soften or keep}: stage 04's rule on the training pairs, its threshold on others."""
-    stage = import_module("04_rm_denoise")
-    relabelled = stage.relabel(train, stage.METHODS["flip"]["flip_below"])
-    flipped = {r["id"]: r[MEAN] for r in relabelled if r["flipped"]}
+    """{id: flip, soften or keep}: stage 04's rule on training pairs, its threshold elsewhere."""
+    lowest = sorted(train, key=lambda row: row[MEAN])[:round(FLIP_BELOW * len(train))]
+    flipped = {r["id"]: r[MEAN] for r in lowest if r[MEAN] < 0}
     threshold = max(flipped.values(), default=float("-inf"))
     flipped |= {r["id"]: r[MEAN] for r in valid if r[MEAN] <= threshold}
     return {r["id"]: "flip" if r["id"] in flipped else "soften" if r[MEAN] < 0 else "keep"
@@ -87,6 +85,7 @@ def main(argv=None):
     strength = common.require(args, "03_strength", "python 03_strength.py")
     if common.rank() > 0:
         return
+    args.hparams["texts"] = args.texts
     own = [path for s in args.run["preferences"] for path in sources.files(s)]
     run = common.begin(args, "clean", ["00_data", "03_strength", *own], script="lab/clean.py")
     splits = {name: common.read_jsonl(strength / f"{name}.jsonl") for name in ("train", "valid")}

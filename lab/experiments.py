@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
+from lab import base_model  # noqa: E402
 from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
 from lab.manifest import (  # noqa: E402
     finished, other_inputs, read_manifest, recorded_flags)
@@ -63,6 +64,10 @@ def pipeline(rounds, M=10):
 
 def cleaning(args):
     """What `run_all.sh clean` does: the pipeline up to the strength, and a verdict on each pair."""
+    if args.M is not None and args.M < 1:
+        die(f"--M must be at least 1, not {args.M}")
+    if args.folds and (args.folds < 2 or (10 if args.M is None else args.M) % args.folds):
+        die("--folds must be 2 or more, and --M a multiple of it")
     M, folds = (f" --{name} {value}" if value is not None else ""
                 for name, value in (("M", args.M), ("folds", args.folds)))
     more = {"02_rm_ensemble.py": M + folds, "03_strength.py": M}
@@ -82,7 +87,8 @@ def name_of(directories):
 def why(out, directories, command=""):
     """Why a stage is to run, or None: it is complete, made with the command's flags, and from what
     is here now."""
-    asked = re.findall(r"--(\w+) (\S+)", command)
+    asked = {"folds": "0", "texts": str("--texts" in command),  # what is not said is meant too
+             **dict(re.findall(r"--(\w+) (\S+)", command))}
     for name in directories:
         if not (out / name / "manifest.json").exists():
             return "missing"
@@ -91,7 +97,7 @@ def why(out, directories, command=""):
             return f"{name}/manifest.json is not what the stage wrote"
         if other := other_inputs(out, manifest):
             return f"was made from another {other[0]} than is here now"
-        for flag, value in asked:
+        for flag, value in asked.items():
             if str(manifest["hyperparameters"].get(flag, value)) != value:
                 return f"was made with another --{flag}"
         if name == "08_evaluate":
@@ -110,11 +116,13 @@ def meant(values, names):
             if k in names}
 
 
-def check_data(out, flags):
+def check_data(out, flags, check_model=False):
     """Stop when the flags are none of stage 00's, or ask for other data than it made in `out`. →
     the preset."""
     stage = import_module("00_data")
     args = stage.parse([*flags, "--out", str(out)])
+    if check_model and not (out / "00_data/manifest.json").exists():
+        base_model.check(args)  # before run_all.sh makes the directory
     if flags and (manifest := read_manifest(out, "00_data")):
         new = stage.run_values(args) | args.hparams
         old = meant(manifest["run"] | manifest["hyperparameters"], new)
@@ -139,6 +147,7 @@ def show_resolved(command, preset):
 def plan(args, flags):
     """Print a line for each stage of the run that run_all.sh is asked for: run or skip, its name,
     minutes expected, purpose and command, separated by tabs; and notes."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # paths are to be run
     out, first = Path(args.out), args.start or "no"
     run, stages = {}, cleaning(args) if args.clean else pipeline(args.rounds or 99)
     for flag, value in (("--from", args.start), ("--to", args.to)):
@@ -151,7 +160,8 @@ def plan(args, flags):
         for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
             for manifest in out.glob(pattern):
                 promote(manifest.parent)  # a process was killed just before it did
-    preset = check_data(out if not "00_data".startswith(first) else Path("no"), flags)
+    preset = check_data(out if not "00_data".startswith(first) else Path("no"), flags,
+                        check_model=not args.dry_run)
     if (out / "run.json").exists():
         run = common.read_json(out / "run.json")
         preset = preset if flags else run["preset"]
@@ -168,7 +178,7 @@ def plan(args, flags):
                if not args.to or name_of(d).startswith(args.to))
     for directories, purpose, seconds, command in stages[:last + 1]:
         name, several = name_of(directories), len(directories) > 1  # those keep what is finished
-        forced = name.startswith(first) or again and bool(args.start) or "--texts" in command
+        forced = name.startswith(first) or again and bool(args.start)
         reason = None if args.dry_run else why(out, directories, command)
         if not again and reason and reason != "missing":
             print(f"note\t{name} {reason}: it runs again, and all after it")

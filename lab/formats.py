@@ -28,11 +28,13 @@ printed: some are offensive.
 import ast
 import json
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import common
 from lab import sources
+from lab.manifest import hash_text
 from lab.sources import Bad, Drop
 from lab.templates import (
     ASSISTANT, CALLS, ENDS, MARKUPS, ROLES, SPECIAL, apply_template, is_transcript, markup,
@@ -58,8 +60,11 @@ CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "prefe
            "chosen", "label", "labels")
 ANSWERS = ("response", "output", "completion", "answer", "chosen")
 # what a prompt may not lose, in a row or a message
-CARRIERS = ("tools", "functions", "context", "documents", "images")
+CARRIERS = ("tools", "functions", "context", "contexts", "passage", "documents", "image", "images",
+            "video", "videos", "audio", "audios")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+KEYS = {"role", "from", "content", "value", "input", "output", "tool_call_id", "name", *CALLS,
+        *REASONING}
 OPENED = re.compile(rf"(\s*(Assistant:|{'|'.join(re.escape(m.rstrip()) for m in MARKUPS)}))+\s*")
 
 
@@ -387,7 +392,8 @@ def bare(before, answers, style):
                            for a, m in zip(answers, found)]
                 style.notes["rows with marks of a turn around every response, taken off"] += 1
     last = before[-1] if isinstance(before, list) and before else {"role": "user"}
-    if last["role"] == "assistant" and (any(same(last, a) for a in answers) or all(
+    if last["role"] == "assistant" and (not last["content"].strip() or any(
+            same(last, a) for a in answers) or all(
             re.match(rf"{re.escape(last['content'].strip())}(?!\w)", a["content"].lstrip())
             for a in answers)):
         before = before[:-1]
@@ -498,18 +504,21 @@ def read_row(row, kind, style, task, ignored=None):
         raise Bad(f"a JSON {type(row).__name__}, not an object")
     # None: absent in a parquet file
     row = {SPELLINGS.get(k, k): v for k, v in row.items() if v is not None}
-    given = re.sub(r"\W+", "_", string(row, "task").lower()) if "task" in row else ""
+    given = task_name(string(row, "task")) if "task" in row else ""
     own = [row.pop(k, None) for k in ("task", "id")]
+    unused = {f"{k} of a message" for v in row.values() for m in (v if isinstance(v, list) else ())
+              if isinstance(m, dict) and {"role", "from"} & m.keys()
+              for k, x in m.items() if k not in KEYS and x is not None}
     clean = {"pairs": read_pair, "sft": read_sft}.get(kind, read_prompt)(row, style)
     check_left(row, clean, kind)
     if kind != "sft":
-        clean["task"] = given.strip("_")[:40] or task  # becomes part of a file name
+        clean["task"] = given or task
     try:
         json.dumps([clean, str(own)], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise Bad("a text holds a lone surrogate, which UTF-8 cannot write") from None
     if ignored is not None:
-        ignored.update(k for k in row if k and isinstance(k, str))
+        ignored.update(unused | {k for k in row if k and isinstance(k, str)})
     return clean
 
 
@@ -530,6 +539,16 @@ def words(value):
     if isinstance(value, list):
         return [text for v in value for text in words(v)]
     return [str(value)] if str(value).strip() and not isinstance(value, bool | None) else []
+
+
+def task_name(text):
+    """A task as part of a file's name: letters, digits and the marks on them, in any script; what
+    is longer or has none is told apart by a hash."""
+    name = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " "
+                   for c in text.lower()).split()
+    short, whole = "_".join(name)[:40], "_".join(name)
+    return short if short == whole and (short or not text.strip()) else \
+        f"{short[:31]}_{hash_text(text)[:8]}"
 
 
 def read_pair(row, style):

@@ -28,9 +28,9 @@ def scorer(args, tokenizer, names):
     """→ score(prompts, responses) of the judge chosen: gold, or the mean standardised reward."""
     def score(prompts, responses):
         # decoders like Llama-2's drop the leading space that the preferences have
-        rows = [{"id": str(i), "prompt": p, "response": args.run.get("lead", " ") + r.strip()
-                 if r.strip() else ""}
-                for i, (p, r) in enumerate(zip(prompts, responses))]
+        lead, bare = args.run.get("lead", " "), args.run.get("form") == "none"
+        rows = [{"id": str(i), "prompt": p, "response": r if bare or not r.strip()
+                 else lead + r.strip()} for i, (p, r) in enumerate(zip(prompts, responses))]
         groups, total = common.encode(tokenizer, rows, ["response"], args.run), 0
         for name in names:
             r = common.score_by(f"{args.out}/{name}", groups, args, tokenizer)[:, 0]

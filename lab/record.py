@@ -279,12 +279,14 @@ class Stage:
 
 
 def clean_up():
-    """After an error: remove a partial directory that holds nothing worth keeping."""
+    """After an error: remove a partial directory that holds nothing worth keeping, and a run
+    directory that holds nothing else."""
     worth = ("checkpoint_*", "bad_batch.jsonl", "manifest.json")
     if rank() == 0 and not any(list(s.dir.glob(name)) for s in open_stages for name in worth):
         for stage in open_stages:
             shutil.rmtree(stage.dir, ignore_errors=True)
-            if stage.out.is_dir() and os.listdir(stage.out) == [".lock"]:
+            if stage.out.is_dir() and set(os.listdir(stage.out)) <= {
+                    ".lock", ".run_all.lock", "commands.log"}:
                 shutil.rmtree(stage.out)
 
 

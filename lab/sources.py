@@ -8,15 +8,17 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 from lab import toy_world
-from lab.base import die, user_files
+from lab.base import die, log, user_files
 
 TOY = {"toy": ("helpful", "harmless"), "toy:summary": ("summary",)}
 SUFFIXES, PACKED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"), (".gz", ".zst")
+ROWS = {"chosen", "prompt", "instruction", "question", "messages", "conversations", "info"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 # their names tell the task
 FOLDERS = {"Anthropic/hh-rlhf": [f"Anthropic/hh-rlhf:{folder}" for folder in (
@@ -50,7 +52,9 @@ def parts(source):
     if Path(source).is_dir():
         return [p for p in user_files(source) if container(p)]
     if any(c in source for c in "*?["):
-        return [p for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
+        found = sorted(glob.glob(source, recursive=True))
+        return list(dict.fromkeys(str(Path(f).resolve()) for p in found for f in (
+            parts(p) if Path(p).is_dir() else [p])))
     return FOLDERS.get(source, [source])
 
 
@@ -70,6 +74,13 @@ def check(sources):
     """Stop on a source that is neither readable here nor a hub id nor the embedded world."""
     for s in sources:
         found, local = parts(s), Path(s).exists() or any(c in s for c in "*?[")
+        if Path(s).is_dir() and not saved_to_disk(s):
+            left = [p for p in user_files(s) if p not in found]
+            if packed := [p for p in left if re.search(r"\.(bz2|xz|zip|lz4|7z|br)$", p, re.I)]:
+                die(f"{packed[0]}: only {' and '.join(PACKED)} are unpacked")
+            if left:
+                log(f"{s}: files that are not read: {', '.join(map(os.path.basename, left[:9]))}"
+                    + f" and {len(left) - 9} more" * (len(left) > 9))
         if local and not found:
             die(f"{s} names no file that ends in one of {', '.join(SUFFIXES)}")
         for p in found:
@@ -117,22 +128,22 @@ def file_rows(path):
         from pyarrow.parquet import ParquetFile
         for n, row in enumerate((row for b in ParquetFile(path).iter_batches(1000)
                                  for row in b.to_pylist()), 1):
-            yield n, decoded(row)
+            try:
+                yield n, decoded(row)
+            except UnicodeDecodeError:
+                yield n, Bad("a column of bytes is not text in UTF-8")
         return
     with open_text(path, packed) as text:
         yield from csv_rows(text) if suffix in (".csv", ".tsv") else json_rows(text)
 
 
 def decoded(value):
-    """A value with its bytes as text, or Bad where they are none."""
-    try:
-        if isinstance(value, bytes):
-            return value.decode()
-        if isinstance(value, list):
-            return [decoded(v) for v in value]
-        return {k: decoded(v) for k, v in value.items()} if isinstance(value, dict) else value
-    except UnicodeDecodeError:
-        return Bad("a column of bytes is not text in UTF-8")
+    """A value with its bytes as text; raises UnicodeDecodeError."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [decoded(v) for v in value]
+    return {k: decoded(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def open_text(path, packed):
@@ -178,17 +189,25 @@ def json_rows(text):
         rest = first + text.read()
         with_rows = parse_line(rest)
         if isinstance(with_rows, dict):
-            lists = [v for v in with_rows.values() if isinstance(v, list) and v
-                     and isinstance(v[0], dict)]
-            whole = lists[0] if len(lists) == 1 else [with_rows]
+            whole = rows_in(with_rows) or [with_rows]
         elif isinstance(with_rows, list) and all(isinstance(r, (dict, str)) for r in with_rows):
             whole = with_rows
         numbered = enumerate(rest.split("\n")[1:], n + 1)
+    elif rows := rows_in(parse_line(first)):  # an object on one line
+        rest = text.read()
+        whole, numbered = None if rest.strip() else rows, enumerate(rest.split("\n"), n + 1)
     if whole is not None:
         yield from ((f"row {n}", row) for n, row in enumerate(whole, 1))
         return
     yield n, parse_line(first) if first else Bad("empty")
     yield from ((n, parse_line(line)) for n, line in numbered if line.strip())
+
+
+def rows_in(thing):
+    """The rows of an object that holds one list of them, or None."""
+    lists = [v for v in (thing.values() if isinstance(thing, dict) else ()) if isinstance(v, list)
+             and v and isinstance(v[0], dict) and ROWS & v[0].keys()]
+    return lists[0] if len(lists) == 1 else None
 
 
 def parse_line(line):

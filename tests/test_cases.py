@@ -218,6 +218,8 @@ ROWS = [
     ("HH, both newlines", {"prompt": f"\n\nHuman: {Q}\nAssistant:", **AB}, HH),
     ("HH, CR", {"prompt": HH.replace("\n", "\r"), **AB}, HH),
     ("HH, no first mark", {"prompt": f"{Q}\n\nAssistant:", **AB}, HH),
+    ("an assistant's turn that is opened only", {"prompt": [user(), says("")], **AB}, HH),
+    ("an image", {"prompt": Q, "image": "a.png", **AB}, "`image`"),
     ("a response that begins like a dialogue is text", {
         "prompt": Q, "chosen": " Human: Hi\n\nAssistant: Hello.", "rejected": B}, HH),
     ("OpenAI's TL;DR without a post", {"info": {"title": "Blue", "post": None}, "summaries": [
@@ -246,10 +248,10 @@ def test_row(why, row, want):
     try:
         clean = formats.read_row(json.loads(json.dumps(row)), "pairs", style, "general")
     except (formats.Drop, formats.Bad) as problem:
-        assert want in str(problem) and "\n" not in want and A not in str(problem)
+        assert want in str(problem) and "\n" not in str(problem) and A not in str(problem)
         return
     assert clean["prompt"] == want
-    if "text" not in why or "text of" in why:  # else a response is not A or B as it stands
+    if not why.endswith(("is text", ", text")):  # else a response is not A or B as it stands
         bare = [clean[side].strip() for side in ("chosen", "rejected")]
         assert bare == ([A, B] if "JSON text that" not in why else bare)
 
@@ -307,6 +309,14 @@ FILES = [
     ("a folder of files", {"d/a.jsonl": LINES[:LINES.index("\n") + 1].encode(), "d/notes.txt": b"x",
                            "d/b/c.csv": CSV.replace(f"{Q} 0", f"{Q} 0").encode()}, "d"),
     ("a glob", {"d/a.jsonl": LINES.encode(), "d/b.csv": b"no"}, "d/*.jsonl"),
+    ("an object that holds the rows, on one line", {
+        "x.json": json.dumps({"version": 1, "data": PAIRS}).encode()}, "x.json"),
+    ("rows that hold lists of objects", {"x.jsonl": "".join(json.dumps({
+        "instruction": p["prompt"], "completions": [
+            {"response": B, "overall_score": 2},
+            {"response": p["chosen"], "overall_score": 9}]}) + "\n" for p in PAIRS).encode()},
+     "x.jsonl"),
+    ("a glob that finds a folder", {"d/e/a.jsonl": LINES.encode()}, "d/*"),
     ("CSV, spaces in its header", {"x.csv": CSV.replace(",", " ,", 2).encode()}, "x.csv"),
     ("Parquet, bytes in messages", {"x.parquet": parquet([
         {"prompt": [{"role": b"user", "content": p["prompt"].encode()}],
@@ -345,15 +355,33 @@ def test_files_of_a_folder_have_its_tasks_and_ids(tmp_path):
 @pytest.mark.parametrize("name, content", [
     ("x.jsonl", b"\xff{}\n"), ("x.jsonl.bz2", bz2.compress(LINES.encode())),
     ("x.jsonl.zst", b"no"), ("x.parquet.gz", b"no"), ("x.csv", b"prompt,chosen\n1,2,3\n"),
+    ("x/x.jsonl.bz2", bz2.compress(LINES.encode())),
     ("x.csv", CSV.encode() + b'"no end,b,c\n'), ("x.csv", CSV.encode() + b'"a"b,c,d\n')])
 def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as stop:
-        common.launch(lambda: data.main(["--preferences", str(tmp_path / name),
+        common.launch(lambda: data.main(["--preferences", str(tmp_path / name.split("/")[0]),
                                          "--out", str(tmp_path / "out")]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and name in error
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_of_any_script_are_told_apart(tmp_path):
+    names = ["Some Task/x", "帮助", "हानि", "हानी", "ดี", "ดู", "🙂", "🙃"]
+    names += ["a" * 50 + "b", "a" * 50 + "c"]
+    found = [formats.task_name(name) for name in names]
+    assert len(set(found)) == len(names) and found[:2] == ["some_task_x", "帮助"]
+    assert all(name and "/" not in name and len(name) <= 40 for name in found)
+    assert formats.task_name(" ") == ""
+
+
+def test_keys_of_messages_that_nobody_knows_are_named():
+    ignored = formats.Counter()
+    row = {"prompt": [{**user(), "weight": 1, "id": None}], **AB, "mood": "good"}
+    formats.read_row(row, "pairs", formats.style_of("tiny"), "general", ignored)
+    assert set(ignored) == {"weight of a message", "mood"}
 
 
 def test_what_is_kept_all_the_same_is_counted(tmp_path):

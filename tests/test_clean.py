@@ -87,6 +87,19 @@ def test_with_folds_no_model_scores_what_it_was_trained_on(cleaned):
             scores[:, 0].tolist(), abs=2e-4)
 
 
+def test_the_rule_is_that_of_stage_04_with_ties_too():
+    from importlib import import_module
+
+    from lab import clean
+    rows = [{"id": i, "chosen": "a", "rejected": "b", MEAN: float(m)} for i, m in enumerate(
+        [-1] * 20 + [0, 1, 2, -0.5] * 3)]
+    stage = import_module("04_rm_denoise")
+    made = stage.relabel(rows, **stage.METHODS["flip"])
+    found = clean.verdicts(rows, [{"id": "v", MEAN: -1.0}])
+    assert {i for i, v in found.items() if v == "flip"} - {"v"} == {
+        r["id"] for r in made if r["flipped"]} and found["v"] == "flip"
+
+
 @pytest.mark.parametrize("flags", [[], ["--M", "4"], ["--folds", "2"], ["--M", "4", "--folds", "2"],
                                    ["--texts"]])
 def test_the_driver_gives_each_stage_its_own_flags(flags, tmp_path):
@@ -105,8 +118,22 @@ def test_the_driver_gives_each_stage_its_own_flags(flags, tmp_path):
 
 def test_folds_that_cannot_be_are_refused(cleaned):
     for flags in (["--folds", 1], ["--folds", 3]):
-        done = run("python", "02_rm_ensemble.py", "--out", cleaned, "--M", 4, *flags, check=False)
-        assert done.returncode == 2 and "--folds must be" in done.stdout
+        for script in (["02_rm_ensemble.py"], ["lab/experiments.py", "--plan", "--clean"]):
+            done = run("python", *script, "--out", cleaned, "--M", 4, *flags, check=False)
+            assert done.returncode == 2 and "--folds must be" in done.stdout
+    done = run("python", "03_strength.py", "--out", cleaned, "--M", 1, check=False)
+    assert done.returncode == 2 and "--M must be a multiple" in done.stdout
+
+
+def test_a_run_that_asks_for_no_folds_does_not_use_them(cleaned):
+    """Nor one without --texts their page: what is not said is meant too."""
+    run("python", ROOT / "lab/clean.py", "--out", cleaned, "--texts")
+    for flags, want in ((["--M", 2, "--folds", 2, "--texts"], "skip"), (["--M", 2], "run")):
+        lines = [x.split("\t") for x in run(
+            "python", ROOT / "lab/experiments.py", "--plan", "--clean", *flags, "--out",
+            cleaned).stdout.splitlines()]
+        assert {x[1]: x[0] for x in lines if x[0] != "note"}["02_rm_ensemble"] == want
+        assert lines[-1][:2] == [want, "clean"]
 
 
 TALK, YES, NO = [{"role": "user", "content": "Hi"}], {"role": "assistant", "content": "Yes."}, \

@@ -148,6 +148,9 @@ def test_one_bos_where_the_text_has_its_own(chat_model):
     rows = [{"id": i, "prompt": p, "response": " x"} for i, p in enumerate(("<s> Hi", "Hi"))]
     (own,), (added,) = ([g["prompt"]] for g in common.encode(tokenizer, rows, ["response"], run))
     assert own == added == [0, 2]
+    group, = common.encode(tokenizer, [{"id": 0, "prompt": "Hi", "response": " x</s>"}],
+                           ["response"], run)
+    assert group["responses"] == [[2, 1]]  # one EOS, the text's own
 
 
 @pytest.mark.parametrize("spelling", ["chosen score list", "chosen_score_list"])

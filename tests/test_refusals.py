@@ -129,6 +129,19 @@ def test_a_relative_model_works_from_any_folder_and_a_latin_terminal_ends_nothin
     assert json.loads((tmp_path / "out/run.json").read_text())["model"] == str(tmp_path / "base")
 
 
+def test_a_refusal_leaves_nothing_behind(tmp_path):
+    """Through the driver: before it makes the directory, and of data, after it made it."""
+    (tmp_path / "x.jsonl").write_text('{"chosen": 1}\n')
+    for flags in (["--model", "/nowhere"], ["--preferences", tmp_path / "x.jsonl"]):
+        done = run("bash", "run_all.sh", *flags, "--out", tmp_path / "out", check=False)
+        assert done.returncode == 2 and "error: " in done.stdout
+        assert not (tmp_path / "out").exists()
+    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, ROOT / "lab/experiments.py", "--plan", "--out",
+                           tmp_path / "данные"], env=env, capture_output=True)
+    assert "данные" in done.stdout.decode()
+
+
 def test_a_port_in_use_is_left_to_its_user(tmp_path):
     out = tmp_path / "out"
     port = 20000 + int(run("bash", "-c", f'cksum <<<"$PWD/{out}"').stdout.split()[0]) % 9000
