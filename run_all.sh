@@ -114,7 +114,7 @@ while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
     fail "$id failed; run it again with: $activate$(printf '%q ' "${command[@]}")"
   echo "   minutes taken: $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")"
 done 3<<<"$plan"
-[ $mode != clean ] || { cat "$out/clean/summary.txt"; exit 0; }
+[ $mode != clean ] || { cat "$out/clean/summary.txt" 2>/dev/null || true; exit 0; }
 [ ! -f "$out/08_evaluate/tables.md" ] || cat "$out/08_evaluate/tables.md"
 echo "everything is in $out/ (page: $out/09_report/index.html, commands: $out/commands.log);" \
   "$(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"

@@ -105,8 +105,8 @@ def read_prompt(prompt):
     """(task, topic) of a prompt, for summary (task, tuple of the post's sentences); None if it
     cannot be read."""
     text = str(prompt).rpartition("Human:")[2].partition("Assistant:")[0].strip()
-    if text.startswith(POST_HEAD):
-        post = tuple(split_sentences(text[len(POST_HEAD):]))
+    if POST_HEAD in text:  # up to a chat template's mark, where there is one
+        post = tuple(split_sentences(re.split(r"\n|<|\[", text.partition(POST_HEAD)[2])[0]))
         return ("summary", post) if post else None
     match = TOPIC_PATTERN.search(text)
     if not match:

@@ -236,3 +236,13 @@ def test_command_line():
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert all(f"=== {task}" in out.stdout for task in tw.TASKS)
+
+
+def test_gold_reads_what_a_chat_template_writes():
+    rng = random.Random(0)
+    for task in ("helpful", "harmless", "summary") * 5:
+        prompt = tw.draw_prompt(task, rng)
+        text = prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+        for form in ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+                     "[INST] {} [/INST]"):
+            assert tw.read_prompt(form.format(text)) == tw.read_prompt(prompt) is not None
