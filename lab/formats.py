@@ -26,6 +26,7 @@ counts it as unreadable instead. Columns that are not used are named once. Row c
 printed: some are offensive.
 """
 import ast
+import contextlib
 import json
 import re
 import unicodedata
@@ -37,7 +38,7 @@ from lab import sources
 from lab.manifest import hash_text
 from lab.sources import Bad, Drop
 from lab.templates import (
-    ASSISTANT, CALLS, ENDS, MARKUPS, ROLES, SPECIAL, apply_template, is_transcript, markup,
+    ASSISTANT, CALLS, ENDS, HUMAN, MARKUPS, ROLES, SPECIAL, apply_template, is_transcript, markup,
     open_turn, render, split_markup, style_of, transcript)
 
 # the first word in a source's name gives its task
@@ -50,8 +51,8 @@ SPELLINGS = {"chosen score list": SCORES[0], "rejected score list": SCORES[1], "
 PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations",
            "conversation")
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"),
-         ("messages", "rejected_response"), ("messages", "rejected_messages"),
-         ("chosen_response", "rejected_response"), ("response", "rejected_response"))
+         ("chosen_response", "rejected_response"), ("response", "rejected_response"),
+         ("messages", "rejected_response"), ("messages", "rejected_messages"))
 CHOSEN_OF_TWO = [(a, b) for stem in ("response", "answer", "output", "completion", "human_ref",
                                      "conversation")
                  for a, b in ((f"{stem}_0", f"{stem}_1"), (f"{stem}_1", f"{stem}_2"),
@@ -82,17 +83,21 @@ def parsed(value):
     as it is."""
     if isinstance(value, str) and re.match(r"""\s*\[?\s*\{\s*["']\w+["']\s*:""", value):
         found = literal(value)
-        if found is None and all(re.search(rf"""["']({keys})["']\s*:""", value)
-                                 for keys in ("role|from", "content|value")):
+        if found is None and re.search(
+                rf"""["'](role|from)["']\s*:\s*["']({'|'.join(ROLES)})["']""", value):
             raise Bad("a text that looks like messages is neither JSON nor Python")
         items = found if isinstance(found, list) else [found]
-        if isinstance(items[0], dict) and isinstance(items[0].get("messages"), list) or all(
-                isinstance(m, dict) and {"role", "from"} & set(m)
-                and {"content", "value", *CALLS} & set(m) for m in items):
+        if all(isinstance(m, dict) for m in items) and (
+                isinstance(items[0].get("messages"), list) or all(map(is_message, items))):
             value = found
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         return value["messages"]
     return [value] if isinstance(value, dict) else value
+
+
+def is_message(m):
+    return any(str(m.get(role)).strip().lower() in ROLES and {content, *CALLS} & m.keys()
+               for role, content in (("role", "content"), ("from", "value")))
 
 
 def literal(text):
@@ -115,7 +120,8 @@ def message(m):
     more = {k: m[k] for k in (*CALLS, *REASONING, "tool_call_id", "name") if m.get(k)}
     if isinstance(content, list):
         for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str) \
+                    or "text" not in (part.get("type") or "text"):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise Bad(f"a message's `content` has a part that is not text ({str(kind)[:20]})")
         content = "".join(part["text"] for part in content)
@@ -149,6 +155,12 @@ def is_texts(value):
     return isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value)
 
 
+def only_text(value):
+    """The text in the literal of a list of one, as CSV has it, or None."""
+    found = literal(value) if re.match(r"""\s*\[\s*["']""", value) else None
+    return found[0] if is_texts(found) and len(found) == 1 else None
+
+
 def split_last(conversation):
     if not conversation or conversation[-1]["role"] != "assistant":
         raise Drop("no assistant turn")
@@ -158,14 +170,16 @@ def split_last(conversation):
 def take_history(row):
     """Take the columns of a prompt out of the row → messages, or a text that is templated, or None
     where there are none."""
-    if isinstance(row.get("info"), dict):
-        return [{"role": "user", "content": tldr(row.pop("info"))}]
     names = [k for k in (*PROMPTS, "input") if k in row]
+    info = row.get("info")
+    if not names and isinstance(info, dict) and {"post", "article"} & info.keys():
+        return [{"role": "user", "content": tldr(row.pop("info"))}]
     if not names and isinstance(row.get("history"), str):  # SHP
         names = ["history"]
     if not names:
         return None
     base = parsed(row.pop(names[0]))
+    base = one if isinstance(base, str) and (one := only_text(base)) else base
     if is_texts(base):
         if len(base) % 2 == 0:
             raise Bad(f"`{names[0]}` has an even number of texts: the last one is not the user's")
@@ -188,8 +202,10 @@ def with_columns(row, base, names=()):
     for name in more:
         row.pop(name, None)
     said = [base] if isinstance(base, str) else [m["content"].strip() for m in base]
-    more = {name: text for name, text in more.items() if text.strip() and text.strip() not in said
-            and not (len(text.strip()) > 7 and held(text, " ".join(said)))}
+    whole = "\n".join(said)
+    more = {name: text for name, text in more.items() if text.strip() and not (
+        len(text.strip()) > 7 and held(text, whole)  # a short one must be a line, or its end
+        or re.search(rf"(^|[:：]\s*){re.escape(text.strip())}\s*$", whole, re.MULTILINE))}
     if isinstance(base, str):
         if more:
             raise Bad(f"column `{min(more)}` beside a prompt that is templated already")
@@ -210,7 +226,9 @@ def with_columns(row, base, names=()):
 def held(text, whole):
     """Whether a text stands in another one, as whole words, whatever the white space."""
     text, whole = (" ".join(x.split()) for x in (text, whole))
-    return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", whole))
+    before, after = (edge * bool(re.match(r"\w", at, re.ASCII)) for edge, at in (  # not in Chinese
+        (r"(?<!\w)", text[:1]), (r"(?!\w)", text[-1:])))
+    return bool(re.search(before + re.escape(text) + after, whole))
 
 
 def earlier(row):
@@ -218,7 +236,8 @@ def earlier(row):
     messages."""
     turns, out = row.pop("history", None) or [], []
     if isinstance(turns, str):
-        turns = [] if not turns.strip() else literal(turns) or turns
+        found = literal(turns or "[]")
+        turns = turns if found is None else found
     for turn in turns if isinstance(turns, list) else [turns]:
         if is_texts(turn) and len(turn) < 3:
             out += [{"role": r, "content": t} for r, t in zip(("user", "assistant"), turn)]
@@ -241,8 +260,6 @@ def tldr(info):
     lines = [f"{name.upper()}: {info[key]}" for name, key in (
         ("subreddit", "subreddit"), ("title", "title"), ("post", "post"), ("article", "article"))
         if isinstance(info.get(key), str)]
-    if not {"post", "article"} & set(info):
-        raise Bad("`info` has neither `post` nor `article`")
     if not any(str(info.get(key) or "").strip() for key in ("post", "article")):
         raise Drop("empty prompt")
     return "\n\n".join(lines) + "\n\nTL;DR:"
@@ -304,7 +321,10 @@ def by_choice(row, two, names):
     said, which = spelled(row.pop(key)), spellings(names)
     if key == "labels" and names[0].startswith("human_ref"):
         which = {"1": 0, "0": 1}  # SHP: 1 means that A is preferred
-    if said not in which and re.search(r"tie|both|neither|draw|equal|\A-1\Z", said):
+    for side, name in enumerate(("model_a", "model_b")):
+        if name in row:
+            which.setdefault(spelled(row[name]), side)
+    if said not in which and re.match(r"tie|both|neither|draw|equal|same|-1\Z", said):
         raise Drop("no preference")
     if said not in which or len(two) != 2:
         raise Bad(f"`{key}` does not say which of two responses is better")
@@ -320,12 +340,14 @@ def same(a, b):
 def join(history, side):
     """A prompt's messages and a side's: those of the side alone where it repeats the prompt."""
     said, heard = ([m for m in x if m["role"] != "system"] for x in (history, side))
-    system = [m for m in side if m["role"] == "system"] or [
-        m for m in history if m["role"] == "system"]
+    system, own = ([m for m in x if m["role"] == "system"] for x in (history, side))
+    if system and own and [m["content"].split() for m in system] != [
+            m["content"].split() for m in own]:
+        raise Drop("prompts differ")
     for repeated in (said, said[:-1] if said[-1:] and said[-1]["role"] == "assistant" else said):
         if len(heard) > len(repeated) and any(
                 all(map(same, repeated, part)) for part in (heard, heard[-1 - len(repeated):-1])):
-            return system + heard
+            return side if own else system + heard
     last = heard[:-1]
     if last and len(last) <= len(said) and all(map(same, last, said[-len(last):])):
         return history + heard[-1:]
@@ -336,16 +358,15 @@ def join(history, side):
 
 
 def read_side(value, history, name):
-    """(messages or a templated prompt, the assistant's message) of one side."""
-    # a dialogue has a mark first, a space first is how 00 writes a response
-    response = history is not None and isinstance(value, str) and value[:1] == " "
-    value = value if response else parsed(value)
+    """(messages or a templated prompt, the assistant's message) of one side, `parsed`."""
     if is_texts(value):
+        if history is not None and len(value) % 2 and len(value) > 1:
+            raise Drop("prompts differ")
         value = value[0] if history is not None and len(value) == 1 else alternate(value)
     if not isinstance(value, str):
         side = messages(value, name)
-    elif response:
-        side = [{"role": "assistant", "content": value}]
+    elif history is not None and value[:1] == " ":  # as 00 writes it; a dialogue has a mark first
+        side = [answer_of(value, history)]
     elif markup(value):
         before, answer = split_markup(value)
         said = [history] if isinstance(history, str) else [m["content"] for m in history or []]
@@ -353,17 +374,41 @@ def read_side(value, history, name):
             raise Drop("prompts differ")
         return before, answer
     elif history is None and not is_transcript(value) and not re.search(
-            r"\nHuman:.*\nAssistant:", value, re.DOTALL):
+            r"\A.*\n\nAssistant:|\nHuman:.*\nAssistant:", value, re.DOTALL):
         raise Drop("column `prompt` is missing")
     elif history is None or re.match(r"\s*Human:", value) and re.search(r"\n\s*Assistant:", value):
         side = transcript(value)
     else:
-        side = [{"role": "assistant", "content": value}]
+        side = [answer_of(value, history)]
+        if isinstance(history, list) and HUMAN in value and ASSISTANT in value:
+            with contextlib.suppress(Drop):  # a dialogue that begins with another turn
+                return split_last(join(history, transcript(value)))
     if isinstance(history, str):
         if len(side) > 1:
             raise Bad(f"`{name}` has several messages beside a prompt that is templated already")
         return history, split_last(side)[1]
     return split_last(join(history, side) if history else side)
+
+
+def answer_of(text, history):
+    """A response's text as a message; white space before it is kept where it goes on with a
+    turn."""
+    goes_on = isinstance(history, str) or history and history[-1]["role"] == "assistant"
+    return {"role": "assistant", "content": text if goes_on else text.strip()}
+
+
+def parsed_sides(values, history):
+    """Both sides `parsed`; texts beside a prompt that are messages on one side only are texts, and
+    what begins with a space is one."""
+    if history is not None and any(isinstance(v, str) and v[:1] == " " for v in values):
+        return list(values)
+    found = [parsed(v) for v in values]
+    if all(isinstance(v, str) for v in found):  # lists of texts, as CSV has them
+        lists = [literal(v) if v[:1] == "[" else None for v in found]
+        return lists if all(map(is_texts, lists)) else found
+    texts = [isinstance(v, str) for v in values]
+    one = history is not None and all(texts) and any(isinstance(v, str) for v in found)
+    return list(values) if one else found
 
 
 def without_prompt(row, values, style):
@@ -376,7 +421,10 @@ def without_prompt(row, values, style):
         return values
     rest = [t[len(said):] for t in texts]
     space = re.compile(r"\s" if len(said.split()) > 3 else r"[ \t]*[\r\n]")
-    if not (is_transcript(said) or markup(said) or all(map(space.match, rest))):
+    marked = is_transcript(said) or markup(said)
+    if not marked and not all(map(space.match, rest)) or marked and any(
+            HUMAN in r or ASSISTANT in r or any(m.search(r) for m in MARKUPS.values())
+            for r in rest):  # other turns follow: `join` has them
         return values
     style.notes["prompts repeated in every response, taken out there"] += 1
     return rest
@@ -394,8 +442,8 @@ def bare(before, answers, style):
     last = before[-1] if isinstance(before, list) and before else {"role": "user"}
     if last["role"] == "assistant" and (not last["content"].strip() or any(
             same(last, a) for a in answers) or all(
-            re.match(rf"{re.escape(last['content'].strip())}(?!\w)", a["content"].lstrip())
-            for a in answers)):
+            a["content"].lstrip().startswith(last["content"].strip()) and held(
+                last["content"], a["content"]) for a in answers)):
         before = before[:-1]
     return before, answers
 
@@ -408,11 +456,14 @@ def write(style, history, answers, tools=None):
     keys = {} if marked else other_keys([*history, *answers])
     if marked:  # templated already: only an opening may lack
         prompt = open_turn(history, markup(history))
-        texts = [ENDS.sub("", OPENED.sub("", t, count=1)
-                          if OPENED.match(t) else t).strip() for t in texts]
-    else:
-        if any(SPECIAL.search(m["content"]) for m in [*history, *answers]):
-            style.notes["rows hold marks of a template that is not known, kept as text"] += 1
+        begun = not prompt.endswith(markup(history))  # with words of the response
+        texts = [ENDS.sub("", t if begun or not (m := OPENED.match(t)) else t[m.end():]).rstrip()
+                 for t in texts]
+        texts = texts if begun else [t.lstrip() for t in texts]
+    if any(map(SPECIAL.search, texts if marked else
+               [*(m["content"] for m in history), *texts])):
+        style.notes["rows hold marks of a turn or a template, kept as text"] += 1
+    if not marked:
         if style.form == "chat" and (keys or tools):
             check_used(style, history, answers, tools)
         elif set(CALLS) & keys:
@@ -480,6 +531,9 @@ def take_tools(row, style):
     tools = None
     for name in CARRIERS:
         value = row.pop(name, None)
+        if isinstance(value, str) and value.strip() in ("[]", "{}", "null", "None") or isinstance(
+                value, list) and not any(value):
+            continue
         if name == "tools" and isinstance(value, str):
             try:
                 value = json.loads(value or "[]")
@@ -502,8 +556,7 @@ def read_row(row, kind, style, task, ignored=None):
         row = {"prompt": row}
     if not isinstance(row, dict):
         raise Bad(f"a JSON {type(row).__name__}, not an object")
-    # None: absent in a parquet file
-    row = {SPELLINGS.get(k, k): v for k, v in row.items() if v is not None}
+    row = present(row)
     given = task_name(string(row, "task")) if "task" in row else ""
     own = [row.pop(k, None) for k in ("task", "id")]
     unused = {f"{k} of a message" for v in row.values() for m in (v if isinstance(v, list) else ())
@@ -522,22 +575,38 @@ def read_row(row, kind, style, task, ignored=None):
     return clean
 
 
+def present(row):
+    """The columns that are there, in one spelling: None is Parquet's and NaN pandas' for no
+    value."""
+    return {SPELLINGS.get(k, k): v for k, v in row.items() if v is not None and (
+        v == v or SPELLINGS.get(k, k) in (*NUMBERS, LABEL))}
+
+
 def check_left(row, clean, kind):
     """Bad where a column that is left holds words of the conversation that nothing else has."""
     kept = " ".join(x for x in clean.values() if isinstance(x, str))
     for name in (*PROMPTS, "input", "system", "system_prompt", "history"):
-        if kind == "prompts" and not isinstance(row.get(name), str):
-            continue  # whole dialogues, whose responses are not wanted
-        if not all(held(text, kept) for text in words(parsed(row.get(name)))):
+        left = parsed(row.get(name))
+        if isinstance(left, list) and left and isinstance(left[-1], dict):
+            if kind == "prompts":
+                continue  # whole dialogues, whose responses are not wanted
+            m = left[-1]  # another response is none of the prompt
+            answer = ROLES.get(str(m.get("role") or m.get("from")).lower()) == "assistant"
+            left = left[:-1] if answer else [*left[:-1], {**m, "output": ""}] if "output" in m \
+                else left
+        if not all(held(text, kept) for text in words(left)):
             raise Bad(f"column `{name}` belongs to the prompt and was not used")
 
 
 def words(value):
     """All texts in a value of a column, but the names of roles and kinds."""
     if isinstance(value, dict):
-        value = [v for k, v in value.items() if k not in ("role", "from", "type")]
+        said = [value[k] for k in ("content", "value", "input", "output", "text") if k in value]
+        value = said or [v for k, v in value.items() if k not in ("role", "from", "type", "id")]
     if isinstance(value, list):
         return [text for v in value for text in words(v)]
+    if isinstance(value, str) and is_transcript(value):
+        return [m["content"] for m in transcript(value) if m["content"]]
     return [str(value)] if str(value).strip() and not isinstance(value, bool | None) else []
 
 
@@ -548,7 +617,7 @@ def task_name(text):
                    for c in text.lower()).split()
     short, whole = "_".join(name)[:40], "_".join(name)
     return short if short == whole and (short or not text.strip()) else \
-        f"{short[:31]}_{hash_text(text)[:8]}"
+        f"{short[:31]}_{hash_text(ascii(text))[:8]}"
 
 
 def read_pair(row, style):
@@ -576,7 +645,7 @@ def divide(row, style):
     came = take_sides(row)
     values = without_prompt(row, came, style)
     history, sides, drop = take_history(row), [], None
-    for name, value in zip(("chosen", "rejected"), values):
+    for name, value in zip(("chosen", "rejected"), parsed_sides(values, history)):
         try:
             sides.append(read_side(value, history, name))
         except Drop as reason:  # the other side must be readable all the same
@@ -595,7 +664,7 @@ def as_came(row, style, spoken=False):
     """A preference row that `read_row` reads, under TRL's names and in the layout that it came in:
     whole dialogues as a text each, a prompt's text and two responses', else, or if `spoken`,
     messages; and its tools. Read again it gives what it gave."""
-    row = {k: v for k, v in row.items() if v is not None}
+    row = present(row)
     texts = [v for v in (row.get("chosen"), row.get("rejected")) if isinstance(v, str)]
     whole = not {*PROMPTS, "input", "info", "system", "system_prompt", "history"} & row.keys()
     if style.form == "none":
@@ -604,17 +673,21 @@ def as_came(row, style, spoken=False):
             "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
     tools, given = take_tools(row, style), next((row[k] for k in PROMPTS if k in row), None)
     before, answers, came = divide(row, style)
+    want, made = write(style, before, answers, tools), []
     if not spoken and not tools and all(isinstance(parsed(v), str) for v in came):
-        if whole:
-            return {"chosen": came[0], "rejected": came[1]}
         if isinstance(before, str) or isinstance(given, str) and is_transcript(given):
             prompt, sides = write(style_of("tiny"), before, answers)  # in HH form, or as templated
-            return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
-        if len(before) == 1:
-            sides = [a["content"] for a in answers]
-            return {"prompt": before[0]["content"], "chosen": sides[0], "rejected": sides[1]}
-    prompt, sides = (before, [[a] for a in answers]) if isinstance(before, list) else write(
-        style, before, answers)
+        else:
+            prompt, sides = before[-1]["content"], came
+        made = [dict(zip(("chosen", "rejected"), came))] if whole else [
+            {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]},
+            {"prompt": prompt, **dict(zip(("chosen", "rejected"), (
+                a["content"] for a in answers)))}]
+    for pair in made:
+        with contextlib.suppress(Drop, Bad):
+            if read_dialogues(dict(pair), style) == want:
+                return pair
+    prompt, sides = (before, [[a] for a in answers]) if isinstance(before, list) else want
     return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1],
             **({"tools": tools} if tools else {})}
 
@@ -650,12 +723,14 @@ def read_sft(row, style):
         return {"prompt": prompt, "response": response}
     tools, spoken = take_tools(row, style), set(PROMPTS[4:]) & row.keys()
     value = without_prompt(row, [row.pop(names[0])], style)[0] if names else None
-    history = take_history(row)
+    whole = next((k for k in PROMPTS[4:] if isinstance(parsed(row.get(k)), list)), None)
+    history = take_history(row) if names or not whole else with_columns(
+        row, messages(parsed(row.pop(whole)), whole))  # `prompt` beside it is its first turn
     if spoken and isinstance(history, list) and (value is None
                                                  or history[-1]["role"] == "assistant"):
         before, answer = split_last(history)  # `answer` beside it may be a short form
     elif value is not None:
-        before, answer = read_side(value, history, names[0])
+        before, answer = read_side(parsed_sides([value], history)[0], history, names[0])
         before = with_columns(row, before) if history is None else before
     else:
         raise Bad("column `response` is missing")
@@ -671,7 +746,7 @@ def read_prompt(row, style):
         return {"prompt": write_none(row, ["response"], style)[0]}
     tools, history = take_tools(row, style), take_history(row)
     if history is None:
-        history, _ = read_side(take_sides(row)[0], None, "chosen")
+        history, _ = read_side(parsed(take_sides(row)[0]), None, "chosen")
     elif isinstance(history, list) and len(history) > 1 and history[-1]["role"] == "assistant":
         history = history[:-1]
     return {"prompt": write(style, history, [{"role": "assistant", "content": "-"}], tools)[0]}

@@ -33,7 +33,11 @@ BEGIN = re.compile(r"\s*(<[^<>\s]+>|\[gMASK\]<sop>)?\s*")  # BOS, in any spellin
 ENDS = re.compile(
     r"(\s*(<\|(im_end|eot_id|eot|end|return|endoftext|end_of_text|END_OF_TURN_TOKEN)\|>"
     r"|<end_of_turn>|</s>|<eos>|<｜end▁of▁sentence｜>))+\s*\Z")
-SPECIAL = re.compile(r"<[|｜]\w+[|｜]>")
+# other marks, which are kept as text
+SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(INST|SYSTEM_PROMPT)\]"
+                     r"|^### (Human|Instruction|Assistant|Response)|(Human|Assistant)：|\n\nHuman:",
+                     re.MULTILINE)
+UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
 DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
 
@@ -96,8 +100,9 @@ def render(style, history, answers, tools=None):
         prompt = apply_template(style, history, tools, generate=True)
         wholes = [apply_template(style, [*history, a], tools) for a in answers]
     else:  # the response goes on with an assistant's turn
-        rest = [{**a, "content": prefill + " " * (not re.search(
-            r"\s", prefill[-1:] + a["content"][:1])) + a["content"]} for a in answers]
+        joint = re.compile(rf"(?=[\w.:,;!?])[^{UNSPACED}][^\s{UNSPACED}]")  # words, not code
+        rest = [{**a, "content": prefill + " " * bool(joint.match(
+            prefill[-1:] + a["content"][:1])) + a["content"]} for a in answers]
         wholes = [apply_template(style, [*history[:-1], a], tools) for a in rest]
         prompt = apply_template(style, history, tools)
         prompt = prompt[:prompt.rindex(begun) + len(begun)] if begun in prompt else prompt
@@ -120,9 +125,17 @@ def render_hh(history, begun=None):
     return prompt if begun else prompt + ASSISTANT
 
 
+def one_form(text):
+    """A text with its newlines as one, and "User:" for "Human:" where only that is there."""
+    text = re.sub("\r\n?", "\n", text)
+    if "Human:" not in text and re.match(r"\s*User:", text) and "\nAssistant:" in text:
+        text = re.sub(r"(\A\s*|\n)User:", r"\1Human:", text)
+    return text
+
+
 def transcript(text):
     """A text with HH marks, in any form of them, → messages."""
-    text = re.sub("\r\n?", "\n", text)
+    text = one_form(text)
     wide = ASSISTANT in text or HUMAN in text.lstrip() and "\nAssistant:" not in text
     line = "\n\n" if wide else "\n"
     first, *turns = re.split(rf"(?:\A\s*|{line})(Human|Assistant):", text)
@@ -133,8 +146,9 @@ def transcript(text):
 
 
 def is_transcript(text):
-    text = re.sub("\r\n?", "\n", text)
-    return (bool(re.match(r"\s*(Human|Assistant):", text)) or HUMAN in text or ASSISTANT in text
+    text = one_form(text)
+    return (bool(re.match(r"\s*(Human|Assistant):", text)) or HUMAN in text
+            or text.rstrip().endswith(ASSISTANT)  # quoted in the middle it is text
             or bool(re.search(r"\nHuman:.*\nAssistant:\s*\Z", text, re.DOTALL)))
 
 
@@ -151,6 +165,8 @@ def open_turn(text, opening):
     have begun with words of the response."""
     mark = opening.rstrip()
     last = max((m.start() for m in MARKUPS[opening].finditer(text)), default=-1)
+    if text.rstrip().endswith(mark):
+        return text.rstrip() + opening[len(mark):]
     if text.rfind(mark) > last and not ENDS.search(text):
         return text
     return text.rstrip("\n") + ("\n" if opening[-1] == "\n" else " " * (mark[0] == "[")) + opening

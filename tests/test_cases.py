@@ -218,6 +218,51 @@ ROWS = [
     ("HH, both newlines", {"prompt": f"\n\nHuman: {Q}\nAssistant:", **AB}, HH),
     ("HH, CR", {"prompt": HH.replace("\n", "\r"), **AB}, HH),
     ("HH, no first mark", {"prompt": f"{Q}\n\nAssistant:", **AB}, HH),
+    ("a templated prompt whose end was stripped", {"prompt": CHATML.strip(), **AB}, CHATML),
+    ("the first turn beside whole dialogues", {
+        "prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": f"{TALK} {A}",
+        "rejected": f"{TALK} {B}"}, TALK),
+    ("dialogues that begin with a preamble, beside a prompt", {
+        "prompt": Q, "chosen": f"{SYSTEM} {A}", "rejected": f"{SYSTEM} {B}"}, SYSTEM),
+    ("User: for Human:", {side: TALK.replace("Human", "User") + text for side, text in AB.items()},
+     TALK),
+    ("NaN beside a prompt", {"prompt": Q, "system": float("nan"), "input": float("nan"), **AB}, HH),
+    ("empty lists from CSV", {"prompt": Q, "history": "[]", "images": "[]", "tools": "null", **AB},
+     HH),
+    ("info that is no post", {"prompt": Q, "info": {"source": "x"}, **AB}, HH),
+    ("a beginning in Chinese that the sides repeat, text", {
+        "prompt": [user(), says("好的，")], "chosen": "好的，因为光。", "rejected": "好的，不知道。"}, HH),
+    ("an answer in JSON that is no message is text", {
+        "prompt": Q, "chosen": '{"from": "a@b.c", "content": "Hi"}', "rejected": '{"from": "x"}'},
+     HH),
+    ("an answer that is a message, on one side, is text", {
+        "prompt": Q, "chosen": '[{"role": "user", "content": "Hi"}]', "rejected": "No."}, HH),
+    ("a prompt that begins with JSON", {"prompt": '{"from": "EUR", "value": 3}\nConvert.', **AB},
+     '\n\nHuman: {"from": "EUR", "value": 3}\nConvert.\n\nAssistant:'),
+    ("a short input that ends the prompt", {"prompt": "Translate: Hallo", "input": "Hallo", **AB},
+     "\n\nHuman: Translate: Hallo\n\nAssistant:"),
+    ("an input in Chinese inside the prompt", {
+        "prompt": "翻译成英语我喜欢吃苹果和香蕉", "input": "我喜欢吃苹果和香蕉", **AB},
+     "\n\nHuman: 翻译成英语我喜欢吃苹果和香蕉\n\nAssistant:"),
+    ("another answer in the messages", {"prompt": Q, "messages": [user(), says("So.")], **AB}, HH),
+    ("a reason that names both is no choice", {
+        "prompt": Q, **TWO, "preference": "Response 0, although both are fine"}, "`preference`"),
+    ("a choice by a model's name", {"prompt": Q, "response_a": B, "response_b": A, "winner":
+                                    "auntie-7b", "model_a": "gpt", "model_b": "auntie-7b"}, HH),
+    ("a quoted Assistant: is text of the prompt", {"prompt": "Rate:\n\nAssistant: Hi\n\nPolite?",
+                                                   **AB},
+     "\n\nHuman: Rate:\n\nAssistant: Hi\n\nPolite?\n\nAssistant:"),
+    ("an image part with a text", {"prompt": [{"role": "user", "content": [
+        {"type": "image", "text": ""}, {"type": "text", "text": Q}]}], **AB}, "not text (image)"),
+    ("lists of one text, from CSV", {"prompt": str([Q]), "chosen": str([A]), "rejected": str([B])},
+     HH),
+    ("lists of texts, from CSV", {"chosen": str(["Hi", "Hello.", Q, A]),
+                                  "rejected": str(["Hi", "Hello.", Q, B])}, TALK),
+    ("two system turns that differ", {"prompt": [says("Be kind.", "system"), user()], "chosen": [
+        says("Be rude.", "system"), *BOTH["chosen"]], "rejected": [
+        says("Be rude.", "system"), *BOTH["rejected"]]}, "prompts differ"),
+    ("messages beside both responses", {"messages": [user()], "response": A,
+                                        "rejected_response": B}, HH),
     ("an assistant's turn that is opened only", {"prompt": [user(), says("")], **AB}, HH),
     ("an image", {"prompt": Q, "image": "a.png", **AB}, "`image`"),
     ("a response that begins like a dialogue is text", {
@@ -259,6 +304,9 @@ def test_row(why, row, want):
 @pytest.mark.parametrize("row, kind, want", [
     ({"messages": [user(), says(A)], "answer": "scatters"}, "sft", [HH, f" {A}"]),
     ({"prompt": Q, "response": f"{Q}\n{A}"}, "sft", [HH, f" {A}"]),
+    ({"prompt": "Hi", "prompt_id": "x", "messages": [
+        user("Hi"), says("Hello."), user(), says(A)]}, "sft", [TALK, f" {A}"]),
+    ({"prompt": HH, "messages": [user(), says(A)]}, "sft", [HH, f" {A}"]),
     ({"prompt": Q, "messages": [user(), says(A)], "chosen": A}, "prompts", [HH])])
 def test_rows_of_other_kinds(row, kind, want):
     clean = formats.read_row(row, kind, formats.style_of("tiny"), "general")

@@ -154,11 +154,15 @@ def test_pairs_keep_the_layout_that_they_came_in(row, want):
 
 
 @pytest.mark.parametrize("spoken", [False, True])
-@pytest.mark.parametrize("template", ["auto", "none"])
-def test_what_is_written_is_read_as_what_came(spoken, template):
+@pytest.mark.parametrize("template", ["auto", "none", "chat"])
+def test_what_is_written_is_read_as_what_came(spoken, template, tmp_path):
     """Every odd row that is kept: its prompt, the columns beside it, what was taken off."""
     from test_cases import ROWS
-    style, kept = formats.style_of("tiny", template), 0
+    style, kept = formats.style_of("tiny", "auto" if template == "chat" else template), 0
+    if template == "chat":
+        from test_models import FAMILIES, make
+        make(tmp_path, *FAMILIES["qwen2"])
+        style = formats.style_of(str(tmp_path))
     for why, row, _ in ROWS:
         try:
             want = formats.read_row(row, "pairs", style, "general")
@@ -168,7 +172,7 @@ def test_what_is_written_is_read_as_what_came(spoken, template):
         got = formats.read_row(came, "pairs", style, "general")
         assert [got[k] for k in ("prompt", "chosen", "rejected")] == [
             want[k] for k in ("prompt", "chosen", "rejected")], why
-        assert not (spoken and template == "auto" and isinstance(came["prompt"], str)
+        assert not (spoken and template != "none" and isinstance(came["prompt"], str)
                     and not formats.markup(came["prompt"]))
         kept += 1
     assert kept > (20 if template == "none" else 80)
