@@ -7,12 +7,12 @@ data set. Also the numbers of Figure 1 (those columns), Figure 2 (groups.json), 
 (consistency.json) and Table 1 (table_1.jsonl: a wrong, an ambiguous and a strong pair); stage 09
 draws them.
 
-A data set that brings its scores along (the released one) needs no ensemble. Where the models of
-stage 02 left folds out, a training pair has the scores of those that did not train on it.
+A data set that brings its scores along (the released one) needs no ensemble.
 
 Departures from the paper: (1) pairs that are equal after truncation have no preference and are
 dropped, counted; (2) Figure 3's groups are of 500 validation pairs as the paper's, smaller when the
-set is small (--group_size).
+set is small (--group_size); (3) where the models of stage 02 left folds out (--folds, ours), M of
+Eq. 4 is, for a training pair, the number of those that did not train on it.
 
     deepspeed 03_strength.py               # or: python 03_strength.py
 """
@@ -28,7 +28,7 @@ import common
 
 HPARAMS = {
     # name: (paper, small, toy, help)
-    "M": (10, 10, 10, "reward models in the ensemble"),
+    "M": (10, 10, 10, "reward models in the ensemble; a multiple of stage 02's --folds"),
     "groups": (20, 20, 20, "groups of Figure 2, by ascending strength"),
     "group_size": (500, 100, 50, "validation pairs in a group of Figure 3"),
     "eval_batch_size": (8, 8, 64, "pairs per process and forward pass"),
@@ -64,7 +64,8 @@ def annotate(args, rows, tokenizer, members):
 
 
 def vote(args, groups, tokenizer, members):
-    """Rewards of each pair under the models that may score it: a list of N tensors [M, 2]."""
+    """Rewards of each pair under the models that may score it: a list of N tensors [M, 2], M as
+    many for each; stops where some pairs would have more votes than others."""
     shares = []
     for member in members:
         left_out = Path(member) / "held_out.json"

@@ -66,7 +66,7 @@ CARRIERS = ("tools", "functions", "context", "contexts", "passage", "documents",
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEYS = {"role", "from", "content", "value", "input", "output", "tool_call_id", "name", *CALLS,
         *REASONING}
-OPENED = re.compile(rf"(\s*(Assistant:|{'|'.join(re.escape(m.rstrip()) for m in MARKUPS)}))+\s*")
+OPENED = re.compile(rf"\A(\s*(Assistant:|{'|'.join(re.escape(m.rstrip()) for m in MARKUPS)}))+\s*")
 
 
 # ---------------------------------------------------------------- columns → messages
@@ -120,8 +120,8 @@ def message(m):
     more = {k: m[k] for k in (*CALLS, *REASONING, "tool_call_id", "name") if m.get(k)}
     if isinstance(content, list):
         for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str) \
-                    or "text" not in (part.get("type") or "text"):
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or (
+                    part.get("type") or "text") not in ("text", "input_text", "output_text"):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise Bad(f"a message's `content` has a part that is not text ({str(kind)[:20]})")
         content = "".join(part["text"] for part in content)
@@ -236,7 +236,7 @@ def earlier(row):
     messages."""
     turns, out = row.pop("history", None) or [], []
     if isinstance(turns, str):
-        found = literal(turns or "[]")
+        found = literal(turns.strip() or "[]")
         turns = turns if found is None else found
     for turn in turns if isinstance(turns, list) else [turns]:
         if is_texts(turn) and len(turn) < 3:
@@ -321,9 +321,9 @@ def by_choice(row, two, names):
     said, which = spelled(row.pop(key)), spellings(names)
     if key == "labels" and names[0].startswith("human_ref"):
         which = {"1": 0, "0": 1}  # SHP: 1 means that A is preferred
-    for side, name in enumerate(("model_a", "model_b")):
-        if name in row:
-            which.setdefault(spelled(row[name]), side)
+    models = [spelled(row[name]) for name in ("model_a", "model_b") if name in row]
+    if len(set(models)) == 2:
+        which = dict(zip(models, (0, 1))) | which
     if said not in which and re.match(r"tie|both|neither|draw|equal|same|-1\Z", said):
         raise Drop("no preference")
     if said not in which or len(two) != 2:
@@ -434,10 +434,9 @@ def bare(before, answers, style):
     """Prompt and responses without what belongs to neither: the marks of a turn around all
     responses, and a last turn of the prompt that is the beginning of all or the whole of one."""
     if isinstance(before, list):
-        for mark in (OPENED.match, ENDS.search):
-            if all(found := [mark(a["content"]) for a in answers]):
-                answers = [{**a, "content": m.string[:m.start()] + m.string[m.end():]}
-                           for a, m in zip(answers, found)]
+        for mark in (OPENED, ENDS):
+            if all(mark.search(a["content"]) for a in answers):
+                answers = [{**a, "content": mark.sub("", a["content"])} for a in answers]
                 style.notes["rows with marks of a turn around every response, taken off"] += 1
     last = before[-1] if isinstance(before, list) and before else {"role": "user"}
     if last["role"] == "assistant" and (not last["content"].strip() or any(
@@ -457,9 +456,7 @@ def write(style, history, answers, tools=None):
     if marked:  # templated already: only an opening may lack
         prompt = open_turn(history, markup(history))
         begun = not prompt.endswith(markup(history))  # with words of the response
-        texts = [ENDS.sub("", t if begun or not (m := OPENED.match(t)) else t[m.end():]).rstrip()
-                 for t in texts]
-        texts = texts if begun else [t.lstrip() for t in texts]
+        texts = [ENDS.sub("", t if begun else OPENED.sub("", t).lstrip()).rstrip() for t in texts]
     if any(map(SPECIAL.search, texts if marked else
                [*(m["content"] for m in history), *texts])):
         style.notes["rows hold marks of a turn or a template, kept as text"] += 1
@@ -587,13 +584,12 @@ def check_left(row, clean, kind):
     kept = " ".join(x for x in clean.values() if isinstance(x, str))
     for name in (*PROMPTS, "input", "system", "system_prompt", "history"):
         left = parsed(row.get(name))
-        if isinstance(left, list) and left and isinstance(left[-1], dict):
-            if kind == "prompts":
-                continue  # whole dialogues, whose responses are not wanted
-            m = left[-1]  # another response is none of the prompt
-            answer = ROLES.get(str(m.get("role") or m.get("from")).lower()) == "assistant"
-            left = left[:-1] if answer else [*left[:-1], {**m, "output": ""}] if "output" in m \
-                else left
+        if kind == "prompts" and isinstance(left, list):
+            continue  # whole dialogues, whose responses are not wanted
+        with contextlib.suppress(Bad):
+            turns = messages(left, name)
+            answered = bool(turns) and turns[-1]["role"] == "assistant"  # none of the prompt's
+            left = [m["content"] for m in turns[:len(turns) - answered]]
         if not all(held(text, kept) for text in words(left)):
             raise Bad(f"column `{name}` belongs to the prompt and was not used")
 
@@ -601,8 +597,7 @@ def check_left(row, clean, kind):
 def words(value):
     """All texts in a value of a column, but the names of roles and kinds."""
     if isinstance(value, dict):
-        said = [value[k] for k in ("content", "value", "input", "output", "text") if k in value]
-        value = said or [v for k, v in value.items() if k not in ("role", "from", "type", "id")]
+        value = [v for k, v in value.items() if k not in ("role", "from", "type", "id")]
     if isinstance(value, list):
         return [text for v in value for text in words(v)]
     if isinstance(value, str) and is_transcript(value):

@@ -205,7 +205,7 @@ def json_rows(text):
 
 def rows_in(thing):
     """The rows of an object that holds one list of them, or None."""
-    if not isinstance(thing, dict) or ROWS - {"info"} & thing.keys():
+    if not isinstance(thing, dict) or (ROWS - {"info"}) & thing.keys():
         return None
     lists = [v for v in thing.values() if isinstance(v, list)
              and v and isinstance(v[0], dict) and ROWS & v[0].keys()]

@@ -254,6 +254,12 @@ ROWS = [
      "\n\nHuman: Rate:\n\nAssistant: Hi\n\nPolite?\n\nAssistant:"),
     ("an image part with a text", {"prompt": [{"role": "user", "content": [
         {"type": "image", "text": ""}, {"type": "text", "text": Q}]}], **AB}, "not text (image)"),
+    ("a part of a kind that is a number", {"prompt": [{"role": "user", "content": [
+        {"type": 5, "text": Q}]}], **AB}, "not text (5)"),
+    ("a choice by a name that both models have", {
+        "prompt": Q, "response_a": A, "response_b": B, "winner": "gpt", "model_a": "gpt",
+        "model_b": "gpt"}, "`winner`"),
+    ("history that is blank text", {"query": Q, "history": " \n", **AB}, HH),
     ("lists of one text, from CSV", {"prompt": str([Q]), "chosen": str([A]), "rejected": str([B])},
      HH),
     ("lists of texts, from CSV", {"chosen": str(["Hi", "Hello.", Q, A]),
