@@ -50,7 +50,7 @@ def pipeline(rounds, M=10):
         (["00_data"], "bring the data into one clean form", 4, "00_data.py"),
         (["01_sft"], "supervised fine-tuning: pi^SFT", 40, "01_sft.py"),
         ([f"02_rm_ensemble/rm_{m:02d}" for m in range(M)],
-         "ten reward models that vote (section 2.2)", 75, "02_rm_ensemble.py"),
+         "the reward models that vote (section 2.2)", 75, "02_rm_ensemble.py"),
         (["03_strength"], "preference strength, Eq. 4 (section 2.2)", 26, "03_strength.py"),
         ([f"04_rm_denoise/{name}" for name in METHODS],
          "flip, margin, soft labels (sections 2.4, 2.5)", 56, "04_rm_denoise.py"),
