@@ -14,6 +14,7 @@ Departures from the paper: (1) every 50th row is held out to report a validation
     deepspeed --num_gpus 8 01_sft.py   # Llama-2-7B, after `python 00_data.py --preset paper`
 """
 import math
+from functools import partial
 
 import tokenizers
 import transformers
@@ -85,14 +86,13 @@ def load_base(args, rows):
     return model, tokenizer
 
 
-def nll(model, groups, pad_id):
-    """Summed negative log-likelihood (nats) of the response tokens of a batch, and their number."""
-    batch = common.collate(groups, pad_id, "separate")
+def nll(model, batch):
+    """Negative log-likelihood (nats) of the responses of a batch, [B, 1]."""
     logps = common.token_logps(common.response_logits(model, batch), batch["response_ids"])
-    return -(logps * batch["mask"]).sum(), batch["mask"].sum()                # of [B, 1, T]
+    return -(logps * batch["mask"]).sum(-1)
 
 
-def perplexity(model, groups, args, pad_id):
+def perplexity(model, groups, args, collate):
     """exp of the mean negative log-likelihood per response token of all groups, ranks sharing."""
     model.eval()
     size, mine = args.eval_batch_size * common.world_size(), []
@@ -101,9 +101,9 @@ def perplexity(model, groups, args, pad_id):
             chunk = groups[start:start + size]
             share = chunk[common.rank()::common.world_size()]
             # ZeRO-3: a rank without a share runs the forward pass too
-            total, count = nll(model, share or chunk[:1], pad_id)
-            mine.append((start + common.rank(),
-                         (total.item(), count.item()) if share else (0.0, 0)))
+            batch = collate(share or chunk[:1])
+            total, count = nll(model, batch).sum().item(), batch["mask"].sum().item()
+            mine.append((start + common.rank(), (total, count) if share else (0.0, 0)))
     model.train()
     totals, counts = zip(*common.gather_rows(mine))
     return math.exp(sum(totals) / sum(counts))
@@ -122,7 +122,6 @@ def main(argv=None):
     run = common.begin(args, "01_sft", ["00_data/sft.jsonl", template, *base])
     rows = common.read_jsonl(data / "sft.jsonl")
     model, tokenizer = load_base(args, rows)
-    pad_id = tokenizer.pad_token_id
     used = data / "chat_template.jinja"  # as 00 used it, with the date that it is told; or not
     tokenizer.chat_template = used.read_text(encoding="utf-8") if used.exists() else None
     common.log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary "
@@ -133,23 +132,24 @@ def main(argv=None):
     valid, train = groups[::50], [g for i, g in enumerate(groups) if i % 50] or groups
     steps = common.steps_for(args, len(train))
     engine = common.make_engine(model, args, args.batch_size, args.lr, steps)
+    collate = partial(common.collate, pad_id=tokenizer.pad_token_id,
+                      layout=common.choose_layout(args, partial(nll, engine), train))
 
     if not run.done:
         common.save_model(engine, run.dir, tokenizer)  # what cannot be saved fails now
-        run.state["start"] = perplexity(engine, valid, args, pad_id)
+        run.state["start"] = perplexity(engine, valid, args, collate)
         run.log(0, valid_perplexity=run.state["start"])
     batches = common.batches(train, args.batch_size, steps, args.seed)
     for step, batch in run.steps(batches, sft=engine):
         micros = common.micro_batches(batch, args.micro_batch_size)
         tokens = sum(len(g["responses"][0]) for g in batch)  # the global batch's mean is over them
         for micro in micros:
-            total, _ = nll(engine, micro, pad_id)
-            loss = total * common.world_size() * len(micros) / tokens
+            loss = nll(engine, collate(micro)).sum() * common.world_size() * len(micros) / tokens
             engine.backward(loss)
             run.note(loss=loss, grad_norm=common.step(engine))
         early = step in (3, 6, 12) and args.run["model"] != "tiny"  # a base harmed is seen at once
         if run.due(step) or early:
-            valid_perplexity = perplexity(engine, valid, args, pad_id)
+            valid_perplexity = perplexity(engine, valid, args, collate)
             run.log(step, valid_perplexity=valid_perplexity)
             if valid_perplexity > 2 * run.state["start"]:
                 common.log(f"warning: perplexity {valid_perplexity:.1f} on held-out responses, more"

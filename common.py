@@ -88,56 +88,54 @@ def group_length(group):
 
 
 def collate(groups, pad_id, layout="shared"):
-    """Lay groups of one K out as a batch of tensors, rows padded on the right.
+    """Lay groups of one K out as a batch of tensors.
 
-    shared: one row per group, `[prompt | y_1 | ... | y_K]`; position ids restart after the prompt
-    for each response and a response sees the prompt and itself only, which is exact. separate: one
-    row per response, `[prompt | y_k]`. Both give:
-        input_ids [R, L]; attention_mask bool [R, 1, L, L] or long [R, L]; position_ids [R, L]
+    shared: one row of `[prompt | y_1 | ... | y_K]` of all groups, end to end; position ids restart
+    after the prompt for each response, and lab/attention.py lets a response see its prompt and
+    itself only, which is exact. separate: rows `[prompt | y_k]`, padded on the right. Both give:
+        input_ids, position_ids [R, L] (shared: R = 1)
+        attention_mask: int32 [1, 1, B, 1 + K] on the CPU, lengths of the segments; or long [R, L]
         response_ids, mask [B, K, T]: the response tokens and which of them are real
         predict_index [B, K, T]: where in the flattened [R*L] states each is predicted from
         last_index [B, K]: where the last token is read (EOS, say), by index, not by a search
-        keep: columns that need logits; margin, smoothing [B], where the groups have them
+        keep: the places that need logits; margin, smoothing [B], where the groups have them
     """
-    shared = layout == "shared" and len(groups[0]["responses"]) > 1
-    rows, segments, positions, starts = [], [], [], []  # starts: (row, first column) a response
+    shared, rows, positions, starts = layout == "shared", [], [], []
     for group in groups:
         prompt, n = group["prompt"], len(group["prompt"])
-        for k, response in enumerate(group["responses"], 1):
-            if not shared or k == 1:
-                rows.append(list(prompt)), segments.append([0] * n), positions.append([*range(n)])
-            starts.append((len(rows) - 1, len(rows[-1]), n))
+        for k, response in enumerate(group["responses"]):
+            if not shared or not rows:
+                rows.append([]), positions.append([])
+            if not shared or k == 0:
+                rows[-1] += prompt
+                positions[-1] += range(n)
+                last = len(rows[-1]) - 1  # the prompt's last token, which predicts the first of y_k
+            starts.append((len(rows) - 1, last, len(rows[-1])))
             rows[-1] += response
-            segments[-1] += [k] * len(response)
             positions[-1] += range(n, n + len(response))
     L, T = max(map(len, rows)), max(len(r) for g in groups for r in g["responses"])
 
-    def padded(lists, value):
-        return torch.tensor([x + [value] * (L - len(x)) for x in lists])                  # [R, L]
+    def padded(lists, value, length):
+        return torch.tensor([x + [value] * (length - len(x)) for x in lists])
 
-    segment, batch = padded(segments, -1), {"input_ids": padded(rows, pad_id)}
-    if shared:
-        query, key = segment[:, :, None], segment[:, None, :]           # [R, L, 1], [R, 1, L]
-        seen = (((key == 0) | (key == query)) & (key >= 0)).tril()
-        seen |= torch.eye(L, dtype=torch.bool)  # padding sees itself: an empty row would be NaN
-        batch["attention_mask"] = seen[:, None]                         # [R, 1, L, L]
-        batch["position_ids"] = padded(positions, 0)
-    else:
-        batch["attention_mask"] = (segment >= 0).long()
-
-    flat = [r for g in groups for r in g["responses"]]                  # B*K responses
-    shape = (len(groups), -1, T)
-    batch["response_ids"] = torch.tensor([r + [pad_id] * (T - len(r)) for r in flat]).view(shape)
-    batch["mask"] = torch.tensor([[t < len(r) for t in range(T)] for r in flat]).view(shape)
-    # token t is predicted from the state before it; the first one from the prompt's last token
-    batch["predict_index"] = torch.tensor([
-        [row * L + (n - 1 if t == 0 else min(start + t, L) - 1) for t in range(T)]
-        for row, start, n in starts]).view(shape)
-    last = [row * L + start + len(r) - 1 for (row, start, _), r in zip(starts, flat)]
-    batch["last_index"] = torch.tensor(last).view(shape[:2])
+    flat, shape = [r for g in groups for r in g["responses"]], (len(groups), -1, T)  # B*K responses
+    index = [[row * L + (last if t == 0 else min(start + t, L) - 1) for t in range(T)]
+             for row, last, start in starts]
+    ends = [row * L + start + len(r) - 1 for (row, _, start), r in zip(starts, flat)]
+    batch = {"input_ids": padded(rows, pad_id, L), "position_ids": padded(positions, 0, L),
+             "response_ids": padded(flat, pad_id, T).view(shape),
+             "mask": torch.tensor([[t < len(r) for t in range(T)] for r in flat]).view(shape),
+             "predict_index": torch.tensor(index).view(shape),
+             "last_index": torch.tensor(ends).view(shape[:2])}
     batch |= {name: torch.tensor([g[name] for g in groups]) for name in LABELS if name in groups[0]}
-    keep = L - min(len(g["prompt"]) for g in groups) + 1
-    return {k: v.to(device()) for k, v in batch.items()} | {"keep": keep}
+    batch = {k: v.to(device()) for k, v in batch.items()}
+    if shared:
+        lengths = [[len(g["prompt"]), *map(len, g["responses"])] for g in groups]
+        mask, keep = torch.tensor([[lengths]], dtype=torch.int32), batch["predict_index"].flatten()
+    else:
+        mask = padded([[1] * len(row) for row in rows], 0, L).to(device())
+        keep = L - min(len(g["prompt"]) for g in groups) + 1
+    return batch | {"attention_mask": mask, "keep": keep}
 
 
 def batches(groups, batch_size, steps, seed, window=16):
@@ -199,20 +197,22 @@ class RewardModel(torch.nn.Module):
 
 
 def model_inputs(batch, model):
-    mask = batch["attention_mask"]
-    if mask.dim() == 4 and model.config._attn_implementation == "eager":  # it adds its mask
-        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-    inputs = {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
-    return inputs | {"attention_mask": mask, "use_cache": False}
+    names = ["input_ids", "attention_mask"]
+    if batch["attention_mask"].dim() == 4:
+        if model.config._attn_implementation != "sdpa":
+            raise ValueError("its attention is not sdpa")
+        names.append("position_ids")
+    return {name: batch[name] for name in names} | {"use_cache": False}
 
 
 def response_logits(model, batch):
     """fp32 logits [B, K, T, V] that predict the response tokens, of a causal LM or its engine."""
+    index, keep, L = batch["predict_index"], batch["keep"], batch["input_ids"].shape[1]
     inputs = model_inputs(batch, getattr(model, "module", model))
-    logits = model(**inputs, logits_to_keep=batch["keep"]).logits                    # [R, keep, V]
-    L = batch["input_ids"].shape[1]
-    row, place = batch["predict_index"] // L, batch["predict_index"] % L - (L - batch["keep"])
-    return logits[row, place].float()
+    logits = model(**inputs, logits_to_keep=keep).logits                            # [R, keep, V]
+    if torch.is_tensor(keep):
+        return logits.view(*index.shape, -1).float()
+    return logits[index // L, index % L - (L - keep)].float()
 
 
 def token_logps(logits, ids, temperature=1.0):

@@ -25,6 +25,8 @@ for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
+import lab.attention  # noqa: E402, F401  (the shared layout)
+
 HERE = Path(__file__).resolve().parents[1]
 locks = {}
 # hyperparameters that 0 would make meaningless, and those that are a share

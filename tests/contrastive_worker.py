@@ -18,11 +18,12 @@ load, config, save = common.load_reward_model, common.engine_config, common.save
 
 
 def two_views(embedding, inputs, output):
-    """Rows of the first half of a training batch are view s, the others view t."""
+    """Tokens of the first half of a training batch are view s, the others view t."""
     if not embedding.training:
         return output
-    ids, view = inputs[0], torch.arange(len(inputs[0])) >= len(inputs[0]) // 2
-    wave = torch.arange(1, output.shape[-1] + 1) * (ids[..., None] + 1) + 2.0 * view[:, None, None]
+    ids, place = inputs[0], torch.arange(inputs[0].numel()).view(inputs[0].shape)
+    view = place >= ids.numel() // 2
+    wave = torch.arange(1, output.shape[-1] + 1) * (ids[..., None] + 1) + 2.0 * view[..., None]
     return output + 0.05 * torch.sin(wave)
 
 

@@ -1,10 +1,9 @@
-"""One row per group (shared) or per response (separate) is the same model; saved models are stock
-checkpoints.
+"""One row for all groups (shared) or one for each response (separate) is the same model; saved
+models are stock checkpoints.
 
 The reference is the stock model on one unpadded row [prompt | response] at a time, which needs
-neither a mask nor
-an index. Models are tiny and random, with weights large enough that attention and position
-matter."""
+neither a mask nor an index. Models are tiny and random, with weights large enough that attention
+and position matter."""
 import random
 from importlib import import_module
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+from lab import attention as attend
 
 ARGS = SimpleNamespace(precision="fp32", zero=0, layout="auto", eval_batch_size=4,
                        micro_batch_size=4)
@@ -37,15 +37,16 @@ CONFIGS = {
     "neox":
         lambda: transformers.
         GPTNeoXConfig(**BASE, **SIZE, initializer_range=0.2, max_position_embeddings=128), "gemma":
-            lambda: transformers.GemmaConfig(**BASE, **GQA, initializer_range=0.2), "gemma2":
-                lambda: transformers.
-                Gemma2Config(**BASE, **GQA, initializer_range=0.2, query_pre_attn_scalar=8), "opt":
+            lambda: transformers.GemmaConfig(**BASE, **GQA, initializer_range=0.2), "opt":
                     lambda: transformers.OPTConfig(
                         **BASE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=
                         64, word_embed_proj_dim=32, max_position_embeddings=128, init_std=0.2),}
-# ALiBi computes its bias from a 2-D mask; a sliding window shorter than the rows is lost in a 4-D
-# mask.
+# ALiBi computes its bias from a 2-D mask; a sliding window shorter than the rows is lost; Gemma 2
+# caps its scores, which SDPA cannot.
 CANNOT = {
+    "gemma2":
+        lambda: transformers.
+        Gemma2Config(**BASE, **GQA, initializer_range=0.2, query_pre_attn_scalar=8),
     "bloom":
         lambda: transformers.
         BloomConfig(**BASE, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2), "mpt":
@@ -57,6 +58,13 @@ CANNOT = {
     "mistral_window":
         lambda: transformers.MistralConfig(**BASE, **GQA, sliding_window=6, initializer_range=0.2),}
 ALL = CONFIGS | CANNOT
+
+
+@pytest.fixture(params=["segments", "rows"])
+def attention(request, monkeypatch):
+    """Both ways of the shared layout's attention: a CPU's and a GPU's."""
+    if request.param == "rows":
+        monkeypatch.setattr(attend, "by_segments", attend.by_rows)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -148,7 +156,7 @@ def assert_same_gradients(ours, expected):
 
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rewards_features_values_and_gradients_equal_the_stock_model(name, K):
+def test_rewards_features_values_and_gradients_equal_the_stock_model(name, K, attention):
     model, groups = make(name, AutoModelForSequenceClassification), make_groups(K)
     reward_model = common.RewardModel(model)
     weights = torch.randn(len(groups), K,
@@ -175,7 +183,7 @@ def test_rewards_features_values_and_gradients_equal_the_stock_model(name, K):
 
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_log_probabilities_and_gradients_equal_the_stock_model(name, K):
+def test_log_probabilities_and_gradients_equal_the_stock_model(name, K, attention):
     model, groups = make(name, AutoModelForCausalLM), make_groups(K, seed=1)
     expected = None
     for layout in ("shared", "separate"):
@@ -254,7 +262,7 @@ def test_a_score_alone_equals_the_score_in_a_batch(name, layout):
                 assert_close(alone[0, 0], together[i, k], atol=1e-5, rtol=1e-5)
 
 
-def test_a_response_does_not_see_its_siblings():
+def test_a_response_does_not_see_its_siblings(attention):
     """The gradient of reward k with respect to the tokens of another response is exactly zero."""
     model = make("llama", AutoModelForSequenceClassification)
     embedding = model.get_input_embeddings()

@@ -165,7 +165,7 @@ sft.main(["--out", {!r}, "--limit", "1", "--restart"])
 
 
 def test_what_cannot_be_saved_fails_before_it_is_trained_and_harm_is_told(run_copy):
-    unsaved = "common.save_model = refuse; sft.nll = None"  # None: a step would be another error
+    unsaved = "common.save_model = refuse; common.step = None"  # a step would be another error
     done = run(sys.executable, "-c", PATCHED.format(unsaved, str(run_copy)), check=False)
     assert done.returncode == 1 and "ValueError: GenerationConfig is invalid" in done.stdout
     harmed = "sft.perplexity = lambda *args: next(values)"
