@@ -137,21 +137,38 @@ def matmul_peak(precision, size=None):
     return 2 * size ** 3 / statistics.median(seconds[2:])
 
 
-def flops_per_row(config, L):
-    """Forward FLOPs of a row of L tokens through the layers, padding and whole masks included (no
-    embedding, no head): 2 a weight and token, and 4 L^2 H a layer for the attention's products."""
+def flops(config, batch):
+    """Forward FLOPs of a batch through the layers (no embedding, no head), padding included: 2 a
+    weight and token, and in each layer 4 H for each pair of tokens of which one sees the other (all
+    pairs of a row in the separate layout)."""
     H, I, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers  # noqa
-    return layers * (2 * L * (4 * H * H + 3 * H * I) + 4 * L * L * H)
+    places, mask = batch["input_ids"].numel(), batch["attention_mask"]
+    if mask.dim() == 4:
+        pairs = sum(n * n + sum(t * (n + t) for t in ts) for n, *ts in mask[0, 0].tolist())
+    else:
+        pairs = mask.shape[0] * mask.shape[1] ** 2
+    return layers * (2 * places * (4 * H * H + 3 * H * I) + 4 * H * pairs)
 
 
-def turns(script, contenders, rounds, environment=None):
+def environment(name, *packages):
+    """The Python of an environment of its own, made here once."""
+    path = HERE / f".env-{name}"
+    if not (path / "made").exists():
+        print(f"making {path}: {' '.join(packages)}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", path], check=True)
+        subprocess.run([path / "bin" / "pip", "install", "-q", *packages], check=True)
+        (path / "made").touch()
+    return str(path / "bin" / "python")
+
+
+def turns(script, contenders, rounds, pythons=None):
     """Run every contender (a dict of JSON values) `rounds` times in turn, each in a process of its
     own: `python script --one JSON`, whose last line of output is JSON. → the results, medians over
     the rounds with the least and the most of "seconds"; one that failed has its last line."""
     found = [[] for _ in contenders]
     for turn in range(rounds):
         for i, contender in enumerate(contenders):
-            python = (environment or {}).get(contender.get("impl"), sys.executable)
+            python = (pythons or {}).get(contender.get("impl"), sys.executable)
             done = subprocess.run([python, script, "--one", json.dumps(contender)],
                                   capture_output=True, text=True)
             lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()

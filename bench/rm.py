@@ -53,7 +53,7 @@ def ours(case, config, path, groups):
         model.model.config._attn_implementation = case["attention"]
     steps = len(groups) // case["batch"]
     rm = common.RewardEngine(model, args, Tokenizer, groups, steps)
-    rows = []
+    flops = 0
     for step, batch in enumerate(common.batches(groups, case["batch"], steps, 0)):
         if step == 2:
             start = harness.now()
@@ -63,10 +63,9 @@ def ours(case, config, path, groups):
             loss = -F.logsigmoid(rewards[:, :1] - rewards[:, 1:]).mean()
             rm.backward(loss)
             rm.step()
-            step > 1 and rows.append(micro["input_ids"].shape)
+            flops += harness.flops(config, micro) if step > 1 else 0
     seconds = harness.now() - start
-    flops = sum(3 * R * harness.flops_per_row(config, L) for R, L in rows)
-    flops *= 4 / 3 if args.gradient_checkpointing else 1
+    flops *= 4 if args.gradient_checkpointing else 3  # a backward pass is two forward passes
     memory, start = harness.peak_memory(), harness.now()
     rm.score(groups)
     return {"seconds": seconds, "score_seconds": harness.now() - start, "memory_MiB": memory,

@@ -15,18 +15,20 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+gc.disable()  # imports make a million objects and no garbage
 
 import numpy  # noqa: E402  (after the environment is set)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+import lab.attention  # noqa: E402, F401  (the shared layout)
+
+gc.enable()
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a terminal of Latin-1 shows ? for what it lacks
         stream.reconfigure(errors="replace")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
-import lab.attention  # noqa: E402, F401  (the shared layout)
-
 HERE = Path(__file__).resolve().parents[1]
 locks = {}
 # hyperparameters that 0 would make meaningless, and those that are a share
@@ -167,6 +169,7 @@ def progress(iterable, description, total=None, initial=0):
 def launch(main, clean_up=lambda: None):
     """Run `main`. Whatever goes wrong is one line, printed by one rank, and exit code 2; --debug
     shows the traceback as well. `clean_up()` is called first."""
+    gc.freeze()  # nor are they garbage later: a second at the end of each stage
     try:
         main()
         if dist.is_initialized():

@@ -1,0 +1,133 @@
+"""Where the minutes of the default run go, by stage and kind of work.
+
+    python bench/pipeline.py                  all of `bash run_all.sh`, one process on a CPU
+    python bench/pipeline.py --limit 4        any flag of run_all.sh's pipeline
+
+Each stage runs as it is, in a process of its own, with a clock around the functions that do one
+kind of work (KINDS below); time inside sampling and evaluation counts as that, whatever they call.
+start: until Python runs the stage's first line; import; exit: after the stage has returned; other:
+what no clock is around. overhead: all but forward, backward, step, sampling and evaluation.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BEGIN = time.time()
+HERE = Path(__file__).resolve().parents[1]
+KINDS = {
+    "data": ["common.read_jsonl", "common.write_jsonl", "common.encode", "common.batches"],
+    "collate": ["common.collate"],
+    "model": ["common.load_policy", "common.load_reward_model", "common.make_engine",
+              "common.frozen", "lab.base.setup"],
+    "forward": ["transformers.LlamaModel.forward", "transformers.LlamaForCausalLM.forward"],
+    "backward": ["deepspeed.DeepSpeedEngine.backward"],
+    "step": ["common.step"],
+    "sampling": ["common.generate"],
+    "evaluation": ["common.score", "stage.perplexity", "lab.judges.gold"],
+    "saving": ["common.save_model", "lab.checkpoint.save", "common.free"],
+    "hashing": ["lab.base.sha256", "lab.base.sync", "lab.base.code_hashes"]}
+WORK = {"forward", "backward", "step", "sampling", "evaluation"}
+COLUMNS = ["stage", "seconds", "start", "import", *KINDS, "other", "exit", "overhead"]
+
+
+class Clock:
+    """Charges the time that passes to the kind of work on top of the stack."""
+
+    def __init__(self):
+        self.spent, self.stack, self.last = {}, ["import"], time.time()
+
+    def charge(self):
+        now = time.time()
+        self.spent[self.stack[-1]] = self.spent.get(self.stack[-1], 0) + now - self.last
+        self.last = now
+
+    def around(self, kind, function):
+        def timed(*args, **more):
+            self.charge()
+            whole = self.stack[-1] in ("sampling", "evaluation")
+            self.stack.append(self.stack[-1] if whole else kind)
+            try:
+                return function(*args, **more)
+            finally:
+                self.charge()
+                self.stack.pop()
+        return timed
+
+
+def run_stage(script, argv, out):
+    """One stage in this process, its times in the file `out`."""
+    clock = Clock()
+    clock.spent["start"] = BEGIN - float(os.environ["BENCH_BEGIN"])
+    clock.last = BEGIN
+    sys.path.insert(0, str(HERE))
+    sys.argv = [str(HERE / script), *argv]
+    from importlib import import_module
+
+    import common
+    stage = import_module(script.removesuffix(".py"))
+    import lab.checkpoint
+    import lab.judges  # noqa: F401
+    ours = [m for name, m in list(sys.modules.items())
+            if name == "common" or name.startswith("lab.") or m is stage]
+    for kind, names in KINDS.items():
+        for name in names:
+            owner, _, name = name.rpartition(".")
+            if "." in owner and not owner.startswith("lab."):  # a method
+                package, _, owner = owner.rpartition(".")
+                owner = getattr(import_module(package), owner)
+                setattr(owner, name, clock.around(kind, getattr(owner, name)))
+                continue
+            old = getattr(stage if owner == "stage" else import_module(owner), name, None)
+            new = old and clock.around(kind, old)
+            for module in ours:  # under whatever name a module took it
+                for key, value in list(vars(module).items()):
+                    if old and value is old:
+                        setattr(module, key, new)
+    clock.charge()
+    clock.stack = ["other"]
+    try:
+        common.launch(stage.main)
+    finally:
+        clock.charge()
+        Path(out).write_text(json.dumps({**clock.spent, "end": time.time()}))
+
+
+def main():
+    import harness
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--report", help="file of the results (bench/pipeline.json)")
+    args, more = flags.parse_known_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/out"
+        plan = subprocess.run([sys.executable, HERE / "lab/experiments.py", "--plan", "--out", out,
+                               *more], check=True, capture_output=True, text=True).stdout
+        for line in plan.splitlines():
+            do, name, _, _, command = line.split("\t")
+            if do != "run":
+                continue
+            times, begin = f"{folder}/times.json", time.time()
+            subprocess.run([sys.executable, __file__, "--stage", times, *command.split()],
+                           check=True, stdout=subprocess.DEVNULL,
+                           env={**os.environ, "BENCH_BEGIN": repr(begin), "PYTHONPATH": str(HERE)})
+            end, found = time.time(), json.loads(Path(times).read_text())
+            found["exit"] = end - found.pop("end")
+            row = {"stage": name, "seconds": end - begin, **found}
+            row["overhead"] = 1 - sum(found.get(kind, 0) for kind in WORK) / row["seconds"]
+            rows.append(row)
+            print(f"{name}: {row['seconds']:.1f} s", flush=True)
+    whole = {"stage": "all", **{c: sum(r.get(c, 0) for r in rows) for c in COLUMNS[1:-1]}}
+    whole["overhead"] = 1 - sum(whole[kind] for kind in WORK) / whole["seconds"]
+    harness.report("pipeline", [*rows, whole], COLUMNS, args.report, flags=more)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--stage"]:
+        run_stage(sys.argv[3], sys.argv[4:], sys.argv[2])
+    else:
+        main()
