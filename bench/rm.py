@@ -135,7 +135,8 @@ def main():
     flags.add_argument("--out", help="file of the results (bench/rm.json)")
     args = flags.parse_args()
     if args.one:
-        return print(json.dumps(one(args.one)))
+        result = json.dumps(one(args.one))
+        return common.rank() == 0 and print(result, flush=True)
     case = {"size": args.size, "batch": args.batch, "pairs": args.count,
             "micro": args.micro or args.batch, "checkpointing": args.checkpointing,
             "deterministic": args.deterministic}

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def setup(args):
     if device().type == "cuda":
         torch.cuda.set_device(device())
     else:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        sizes = [os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")]
+        local = int(next(filter(None, sizes), 1))  # DeepSpeed's name, and torchrun's
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local))
     # the one operator that DeepSpeed would compile here serves inference only; compiling it needs
@@ -134,8 +136,8 @@ def free(engine):
 # ---------------------------------------------------------------- what people see
 
 def die(message):
-    """Print one line on rank 0 and stop with exit code 2."""
-    if rank() == 0:
+    """Print one line, once a machine, and stop with exit code 2."""
+    if int(os.environ.get("LOCAL_RANK", rank())) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -195,6 +197,9 @@ def launch(main, clean_up=lambda: None):
             text = error.strerror + (f": {error.filename}" if error.filename else "")
         elif isinstance(error, torch.OutOfMemoryError):
             text = "out of memory: lower --micro_batch_size, or more processes, or a higher --zero"
+        elif "by peer" in text or isinstance(error, dist.DistError):
+            text = "another process ended or its machine is lost, see what it said; the same " \
+                "command goes on from the last checkpoint"
         print(f"error: {Path(sys.argv[0]).name}: {text} (--debug shows the traceback)",
               file=sys.stderr, flush=True)
         sys.exit(2)
@@ -280,6 +285,18 @@ def code_hashes(script):
                 names = [f"{module}.{a.name}" if module else a.name for a in node.names]
                 todo += [f"{n.replace('.', '/')}.py" for n in [*names, module or ""]]
     return dict(sorted(files.items()))
+
+
+def check_shared(out):
+    """Stop where not every process sees the directory in which rank 0 writes."""
+    name = from_rank_0(lambda: tempfile.NamedTemporaryFile(dir=out, prefix=".shared_", delete=False)
+                       .name.rpartition("/")[2])
+    lacking = [r for r in gather_rows([(rank(), not (out / name).exists() and rank())]) if r]
+    if rank() == 0:
+        (out / name).unlink()
+    if lacking:
+        die(f"process {lacking[0]} does not see what process 0 writes to {out}: --out must be one "
+            "directory that all machines share")
 
 
 def lock(out):

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from lab import base, checkpoint
 from lab.base import (  # noqa: F401  (some for common to hand on)
-    HERE, barrier, check_value, code_hashes, device, die, free, from_rank_0, gather_rows, inference,
-    lock, log, progress, rank, read_json, read_jsonl, set_seed, setup, sync, user_files,
-    world_size, write_jsonl, write_text)
+    HERE, barrier, check_shared, check_value, code_hashes, device, die, free, from_rank_0,
+    gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed, setup, sync,
+    user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
@@ -132,6 +132,8 @@ def begin(args, name, inputs=(), keep=False, script=None):
     stage = Stage(args, name, script or f"{name.split('/')[0]}.py")
     stage.settings, stage.checkpoint = from_rank_0(
         lambda: stage.open(inputs, keep and not args.restart))
+    if world_size() > 1:
+        check_shared(stage.out)
     if stage.settings is None:
         return None
     if stage.checkpoint:
