@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+SHORT = 48  # tokens in a segment, on average, under which a call for each costs more than it saves
+
 
 def shared_attention(module, query, key, value, mask, dropout=0.0, scaling=None, **more):
     """transformers' "sdpa", and the shared layout."""
@@ -20,15 +22,16 @@ def shared_attention(module, query, key, value, mask, dropout=0.0, scaling=None,
     if mask is None or mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
     lengths = tuple(map(tuple, mask[0, 0].tolist()))
-    attend = by_segments if query.device.type == "cpu" else by_rows
+    short = query.shape[2] < SHORT * mask.numel() or dropout  # SDPA with dropout is many operators
+    attend = by_rows if short or query.device.type != "cpu" else by_segments
     return attend(module, query, key, value, lengths, **more), None
 
 
-def by_segments(module, query, key, value, lengths, dropout, scaling, **more):
+def by_segments(module, query, key, value, lengths, scaling, **more):
     """A call for each prompt and response: nothing that is hidden is computed. In fp32, whose
     backward pass takes half the time of bf16's on a CPU."""
     wide, shares = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
-    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    attend = partial(F.scaled_dot_product_attention, scale=scaling)
     parts = (x.to(wide).split(sum(lengths, ()), 2) for x in (
         query, repeat_kv(key, shares), repeat_kv(value, shares)))
     segments, out = zip(*parts), []

@@ -62,9 +62,8 @@ ALL = CONFIGS | CANNOT
 
 @pytest.fixture(params=["segments", "rows"])
 def attention(request, monkeypatch):
-    """Both ways of the shared layout's attention: a CPU's and a GPU's."""
-    if request.param == "rows":
-        monkeypatch.setattr(attend, "by_segments", attend.by_rows)
+    """Both ways of the shared layout's attention: a CPU's on long rows, and the other."""
+    monkeypatch.setattr(attend, "SHORT", 0 if request.param == "segments" else 1e9)
 
 
 @pytest.fixture(autouse=True, scope="module")
