@@ -133,7 +133,8 @@ def main(argv=None):
     steps = common.steps_for(args, len(train))
     engine = common.make_engine(model, args, args.batch_size, args.lr, steps)
     collate = partial(common.collate, pad_id=tokenizer.pad_token_id,
-                      layout=common.choose_layout(args, partial(nll, engine), train))
+                      layout=common.choose_layout(
+                          args, lambda batch: nll(engine, batch) / batch["mask"].sum(-1), train))
 
     if not run.done:
         common.save_model(engine, run.dir, tokenizer)  # what cannot be saved fails now

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import transformers
 
 DTYPE = {"fp32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}  # of parameters
+ATTENTION = {"attention", "full_attention", "sliding_attention"}  # what the shared layout takes
 LABELS = ("margin", "smoothing")  # of a pair: mu_hat of Eq. 6, alpha of Eq. 5
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickles, no code with a model
 load_tokenizer = partial(transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
@@ -98,7 +99,7 @@ def collate(groups, pad_id, layout="shared"):
         response_ids, mask [B, K, T]: the response tokens and which of them are real
         predict_index [B, K, T]: where in the flattened [R*L] states each is predicted from
         last_index [B, K]: where the last token is read (EOS, say), by index, not by a search
-        keep: the places that need logits; margin, smoothing [B], where the groups have them
+        keep: the places that need logits, or how many of a row's last; margin, smoothing [B]
     """
     shared, rows, positions, starts = layout == "shared", [], [], []
     for group in groups:
@@ -113,17 +114,15 @@ def collate(groups, pad_id, layout="shared"):
             starts.append((len(rows) - 1, last, len(rows[-1])))
             rows[-1] += response
             positions[-1] += range(n, n + len(response))
-    L, T = max(map(len, rows)), max(len(r) for g in groups for r in g["responses"])
-
+    flat = [r for g in groups for r in g["responses"]]                  # B*K responses
+    L, T = max(map(len, rows)), max(map(len, flat))
     def padded(lists, value, length):
         return torch.tensor([x + [value] * (length - len(x)) for x in lists])
-
-    flat, shape = [r for g in groups for r in g["responses"]], (len(groups), -1, T)  # B*K responses
     index = [[row * L + (last if t == 0 else min(start + t, L) - 1) for t in range(T)]
              for row, last, start in starts]
     ends = [row * L + start + len(r) - 1 for (row, _, start), r in zip(starts, flat)]
     batch = {"input_ids": padded(rows, pad_id, L), "position_ids": padded(positions, 0, L),
-             "response_ids": padded(flat, pad_id, T).view(shape),
+             "response_ids": padded(flat, pad_id, T).view(shape := (len(groups), -1, T)),
              "mask": torch.tensor([[t < len(r) for t in range(T)] for r in flat]).view(shape),
              "predict_index": torch.tensor(index).view(shape),
              "last_index": torch.tensor(ends).view(shape[:2])}
@@ -197,10 +196,11 @@ class RewardModel(torch.nn.Module):
 
 
 def model_inputs(batch, model):
-    names = ["input_ids", "attention_mask"]
-    if batch["attention_mask"].dim() == 4:
-        if model.config._attn_implementation != "sdpa":
-            raise ValueError("its attention is not sdpa")
+    names, config = ["input_ids", "attention_mask"], model.config
+    if batch["attention_mask"].dim() == 4:  # convolutions and recurrences see the group before
+        if config._attn_implementation != "sdpa" or \
+                not {*(getattr(config, "layer_types", None) or ())} <= ATTENTION:
+            raise ValueError("not all its layers are transformers' sdpa")
         names.append("position_ids")
     return {name: batch[name] for name in names} | {"use_cache": False}
 

@@ -139,8 +139,8 @@ def matmul_peak(precision, size=None):
 
 def flops(config, batch):
     """Forward FLOPs of a batch through the layers (no embedding, no head), padding included: 2 a
-    weight and token, and in each layer 4 H for each pair of tokens of which one sees the other (all
-    pairs of a row in the separate layout)."""
+    weight and token, and in each layer 4 H for each pair of tokens whose segments see each other
+    (all pairs of a row in the separate layout; what a GPU pads the shared one with is left out)."""
     H, I, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers  # noqa
     places, mask = batch["input_ids"].numel(), batch["attention_mask"]
     if mask.dim() == 4:
@@ -163,8 +163,8 @@ def environment(name, *packages):
 
 def turns(script, contenders, rounds, pythons=None):
     """Run every contender (a dict of JSON values) `rounds` times in turn, each in a process of its
-    own: `python script --one JSON`, whose last line of output is JSON. → the results, medians over
-    the rounds with the least and the most of "seconds"; one that failed has its last line."""
+    own: `python script --one JSON`, whose last line of output is JSON. → its results: medians over
+    the rounds, with the least and the most of "seconds"; one that failed has its last line."""
     found = [[] for _ in contenders]
     for turn in range(rounds):
         for i, contender in enumerate(contenders):

@@ -50,14 +50,16 @@ def disconnect():
 
 
 def start(hostfile, stage, outs, more=()):
-    """One launcher on each host. → their processes"""
+    """One launcher on each host, which has a core of its own: more threads would add in another
+    order. → their processes"""
     found = []
     for node, (host, address) in enumerate(HOSTS.items()):
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"veth_{host[-1]}",
                        "DS_ACCELERATOR": "cpu"}
         found.append(subprocess.Popen(
-            ["ip", "netns", "exec", host, "deepspeed", "--hostfile", hostfile, "--no_ssh",
-             "--node_rank", str(node), "--master_addr", HOSTS["rlhf_a"], "--master_port", "29555",
+            ["taskset", "-c", str(node), "ip", "netns", "exec", host, "deepspeed", "--hostfile",
+             hostfile, "--no_ssh", "--node_rank", str(node), "--master_addr", HOSTS["rlhf_a"],
+             "--master_port", "29555",
              f"{stage}.py", "--out", str(outs[node]), "--limit", "3", *more],
             cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True))
@@ -137,7 +139,8 @@ def main():
             begin = time.time()
             done = ends(start(hostfile, "01_sft", (one, two)), 60)
             rows.append({"check": "--out not shared", "two_machines_s": time.time() - begin,
-                         "exit": [x for x, _ in done], "result": "",
+                         "exit": [x for x, _ in done],
+                         "result": "refused" if all(x for x, _ in done) else "not seen",
                          "errors": sum((e for _, e in done), [])})
         finally:
             disconnect()

@@ -5,7 +5,7 @@
 Four random models of one size, prompts of HH's lengths (--pairs FILE: of real rows), one pass over
 the roll-outs in two minibatches, fp32. Ours is stage 06's own functions, timed in three parts. TRL
 0.29.1 runs in an environment that is made beside this file; it takes one roll-out a prompt, so it
-gets each prompt four times. `generate` only samples, all 64 in one call: the floor.
+gets each prompt four times, and shuffles them. `generate` only samples, all 64 in one call.
 """
 import argparse
 import json
@@ -73,7 +73,7 @@ def generate(path, prompts, steps):
     """Plain `generate` on the same prompts."""
     import torch
     import transformers
-    model, seconds = transformers.AutoModelForCausalLM.from_pretrained(path), []
+    model, seconds = transformers.AutoModelForCausalLM.from_pretrained(path).eval(), []
     for step in range(steps):
         batch = pad({"input_ids": prompts[step * PROMPTS:(step + 1) * PROMPTS]}, "left", "pt")
         start = time.perf_counter()
@@ -107,8 +107,9 @@ def trl(path, prompts, steps):
     with tempfile.TemporaryDirectory() as out:
         PPOTrainer(
             args=PPOConfig(
-                output_dir=out, per_device_train_batch_size=MINI * K, gradient_accumulation_steps=2,
-                num_mini_batches=2, num_ppo_epochs=1, total_episodes=PROMPTS * K * steps,
+                output_dir=out, per_device_train_batch_size=PROMPTS * K,
+                gradient_accumulation_steps=1, num_mini_batches=2, num_ppo_epochs=1,
+                total_episodes=PROMPTS * K * steps,
                 local_rollout_forward_batch_size=PROMPTS * K, response_length=T, report_to="none",
                 num_sample_generations=0, save_strategy="no", learning_rate=1e-6, use_cpu=True,
                 disable_tqdm=True, bf16=False, stop_token="eos", gradient_checkpointing=False),

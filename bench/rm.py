@@ -7,12 +7,13 @@
 
 All contenders take the same pairs in batches of 16, random weights and tokens (the time does not
 depend on them), AdamW, no checkpoints. TRL is the RewardTrainer of requirements.txt, in its own
-defaults but for the batch and the precision. pairs/s leaves the first two steps out; "of peak" is
-the share of a large matrix product's FLOP/s, measured in the same process, counted over all that
-is computed, padding and masked places included.
+defaults but for the batch and the precision; so its batches are random, ours sorted by length in
+windows (`common.batches`). Two steps warm up, then an epoch is timed. of_peak: the share of a large
+matrix product's FLOP/s, measured in the same process, over what `harness.flops` counts.
 """
 import argparse
 import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,6 @@ import common
 
 
 def make_groups(case, config):
-    rng = __import__("random").Random(0)
     if case.get("lengths"):
         lengths = json.loads(Path(case["lengths"]).read_text())
     elif case.get("share"):  # rows of equal length, of which the prompt is a share
@@ -33,7 +33,7 @@ def make_groups(case, config):
         prompt = round(L * case["share"])
         lengths = [(prompt, *[L - prompt] * case.get("K", 2))] * case["pairs"]
     else:
-        lengths = harness.hh_lengths(case["pairs"], rng)
+        lengths = harness.hh_lengths(case["pairs"], random.Random(0))
     return harness.groups_of(lengths[:case["pairs"]], config.vocab_size)
 
 
@@ -49,12 +49,11 @@ def ours(case, config, path, groups):
     class Tokenizer:
         pad_token_id = 0
     model = common.load_reward_model(path, args, head_seed=0)
-    if case.get("attention"):
-        model.model.config._attn_implementation = case["attention"]
     steps = len(groups) // case["batch"]
     rm = common.RewardEngine(model, args, Tokenizer, groups, steps)
     flops = 0
-    for step, batch in enumerate(common.batches(groups, case["batch"], steps, 0)):
+    batches = common.batches(groups, case["batch"], steps, 0)
+    for step, batch in enumerate(batches[:2] + batches):
         if step == 2:
             start = harness.now()
         for micro in rm.micro_batches(batch):
@@ -69,7 +68,7 @@ def ours(case, config, path, groups):
     memory, start = harness.peak_memory(), harness.now()
     rm.score(groups)
     return {"seconds": seconds, "score_seconds": harness.now() - start, "memory_MiB": memory,
-            "steps": steps - 2, "of_peak": flops / seconds / harness.matmul_peak(args.precision)}
+            "steps": steps, "of_peak": flops / seconds / harness.matmul_peak(args.precision)}
 
 
 def trl(case, config, path, groups):
@@ -96,13 +95,13 @@ def trl(case, config, path, groups):
             args=RewardConfig(
                 output_dir=out, per_device_train_batch_size=case.get("micro", case["batch"]),
                 gradient_accumulation_steps=case["batch"] // case.get("micro", case["batch"]),
-                max_steps=steps, bf16=case["precision"] != "fp32", report_to="none",
+                max_steps=steps + 2, bf16=case["precision"] != "fp32", report_to="none",
                 save_strategy="no", gradient_checkpointing=case.get("checkpointing", False),
                 max_length=None, disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available()))
         trainer.train()
     return {"seconds": times[-1] - times[1], "memory_MiB": harness.peak_memory(),
-            "steps": steps - 2}
+            "steps": steps}
 
 
 def one(case):
@@ -125,7 +124,6 @@ def main():
     flags.add_argument("--precision", nargs="+", default=["fp32", "autocast"])
     flags.add_argument("--impl", nargs="+", default=["shared", "separate", "trl"])
     flags.add_argument("--zero", nargs="+", type=int, default=[0], help="ZeRO stages, ours (0)")
-    flags.add_argument("--attention", nargs="+", default=[None], help="attn_implementation, ours")
     flags.add_argument("--batch", type=int, default=16, help="pairs a step (16)")
     flags.add_argument("--micro", type=int, help="pairs a forward pass (the batch)")
     flags.add_argument("--checkpointing", action="store_true", help="recompute activations")
@@ -145,15 +143,14 @@ def main():
             json.dump(harness.read_lengths(args.pairs, args.count), file)
             file.flush()
             case["lengths"] = file.name
-        contenders = [{**case, "precision": p, "impl": i, "zero": z, "attention": a}
-                      for p in args.precision for z in args.zero for a in args.attention
-                      for i in args.impl]
+        contenders = [{**case, "precision": p, "impl": i, "zero": z}
+                      for p in args.precision for z in args.zero for i in args.impl]
         if args.sweep:
             contenders = [{**c, "share": share, "K": K} for c in contenders
                           for share in (0.3, 0.5, 0.7, 0.9) for K in (2, 4, 8)
                           if c["impl"] != "trl" or K == 2]
         rows = harness.turns(__file__, contenders, args.rounds)
-    columns = ["impl", "precision", "zero", "attention", "share", "K", "pairs_per_s",
+    columns = ["impl", "precision", "zero", "share", "K", "pairs_per_s",
                "tokens_per_s", "memory_MiB", "of_peak", "score_seconds"]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     for row in rows:

@@ -23,7 +23,7 @@ import harness  # first: it puts the project on the path
 import common
 from lab import base, checkpoint
 
-CASE = {"impl": "shared", "precision": "fp32", "zero": 0, "attention": None, "size": "0.6m",
+CASE = {"impl": "shared", "precision": "fp32", "zero": 0, "size": "0.6m",
         "batch": 16, "micro": 16, "pairs": 160, "share": 0.5, "length": 256, "K": 2}
 VARIED = {
     "pairs": [{"pairs": n} for n in (80, 160, 320)],

@@ -16,18 +16,23 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 SHORT = 48  # tokens in a segment, on average, under which a call for each costs more than it saves
 
 
-def shared_attention(module, query, key, value, mask, dropout=0.0, scaling=None, **more):
+def shared_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
+                     sliding_window=None, **more):
     """transformers' "sdpa", and the shared layout."""
-    more |= {"dropout": dropout, "scaling": scaling}
-    if mask is None or mask.dtype != torch.int32:
-        return sdpa_attention_forward(module, query, key, value, mask, **more)
-    lengths = tuple(map(tuple, mask[0, 0].tolist()))
-    short = query.shape[2] < SHORT * mask.numel() or dropout  # SDPA with dropout is many operators
-    attend = by_rows if short or query.device.type != "cpu" else by_segments
-    return attend(module, query, key, value, lengths, **more), None
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
+                                      scaling=scaling, sliding_window=sliding_window, **more)
+    lengths = tuple(map(tuple, attention_mask[0, 0].tolist()))
+    if sliding_window and max(group[0] + max(group[1:]) for group in lengths) <= sliding_window:
+        sliding_window = None
+    short = query.shape[2] < SHORT * attention_mask.numel()
+    if short or dropout or sliding_window or query.device.type != "cpu":
+        return by_rows(module, query, key, value, lengths, sliding_window, dropout=dropout,
+                       scaling=scaling, **more), None
+    return by_segments(query, key, value, lengths, scaling), None
 
 
-def by_segments(module, query, key, value, lengths, scaling, **more):
+def by_segments(query, key, value, lengths, scaling):
     """A call for each prompt and response: nothing that is hidden is computed. In fp32, whose
     backward pass takes half the time of bf16's on a CPU."""
     wide, shares = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
@@ -46,25 +51,33 @@ def by_segments(module, query, key, value, lengths, scaling, **more):
     return torch.cat(out, 2).to(query.dtype).transpose(1, 2).contiguous()
 
 
-def by_rows(module, query, key, value, lengths, **more):
+def by_rows(module, query, key, value, lengths, window, **more):
     """One call with a padded row for each group, whose mask hides the siblings: few kernels."""
-    index, seen, real = rows_of(lengths, query.device)
-    rows = (x[0][:, index].transpose(0, 1) for x in (query, key, value))  # [B, heads, row, size]
-    return sdpa_attention_forward(module, *rows, seen, **more)[0][real][None]
+    index, seen, places = rows_of(lengths, window, query.device)
+    rows = (x[0].index_select(1, index.flatten()).view(-1, *index.shape, x.shape[-1]).transpose(
+        0, 1) for x in (query, key, value))                        # [B, heads, row, size]
+    out = sdpa_attention_forward(module, *rows, seen, **more)[0]   # [B, row, heads, size]
+    return out.flatten(0, 1).index_select(0, places)[None]
 
 
 @lru_cache(maxsize=4)
-def rows_of(lengths, device):
-    """Where each group's tokens lie [B, row], who sees whom [B, 1, row, row], which are real."""
+def rows_of(lengths, window, device):
+    """Padded rows of groups: where each place's token lies [B, row], who sees whom [B, 1, row,
+    row], and where each token is in the flattened rows [L]."""
     longest = max(map(sum, lengths))
-    segment = torch.tensor([[k for k, n in enumerate(group) for _ in range(n)] +
-                            [-1] * (longest - sum(group)) for group in lengths], device=device)
+
+    def padded(rows):
+        return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], device=device)
+    segment = padded([[k for k, n in enumerate(group) for _ in range(n)] for group in lengths])
+    position = padded([[*range(n)] + [n + i for t in ts for i in range(t)] for n, *ts in lengths])
     q, k = segment[:, :, None], segment[:, None, :]                # [B, row, 1], [B, 1, row]
     seen = (((k == 0) | (k == q)) & (k >= 0)).tril()
+    if window:
+        seen &= position[:, :, None] - position[:, None, :] < window
     seen |= torch.eye(longest, dtype=torch.bool, device=device)  # an empty row would be NaN
-    real = segment >= 0
-    index = (real.flatten().cumsum(0) - 1).clamp(min=0).view(real.shape)
-    return index, seen[:, None], real
+    real = (segment >= 0).flatten()
+    index = (real.cumsum(0) - 1).clamp(min=0).view(segment.shape)
+    return index, seen[:, None], real.nonzero().flatten()
 
 
 AttentionInterface.register("sdpa", shared_attention)

@@ -77,8 +77,8 @@ def setup(args):
     if device().type == "cuda":
         torch.cuda.set_device(device())
     else:
-        sizes = [os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")]
-        local = int(next(filter(None, sizes), 1))  # DeepSpeed's name, and torchrun's
+        sizes = map(os.environ.get, ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))  # DeepSpeed's, torchrun's
+        local = int(next(filter(None, sizes), world_size()))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local))
     # the one operator that DeepSpeed would compile here serves inference only; compiling it needs
@@ -169,7 +169,7 @@ def progress(iterable, description, total=None, initial=0):
 
 
 def launch(main, clean_up=lambda: None):
-    """Run `main`. Whatever goes wrong is one line, printed by one rank, and exit code 2; --debug
+    """Run `main`. Whatever goes wrong is one line, once a machine, and exit code 2; --debug
     shows the traceback as well. `clean_up()` is called first."""
     gc.freeze()  # nor are they garbage later: a second at the end of each stage
     try:
@@ -197,7 +197,7 @@ def launch(main, clean_up=lambda: None):
             text = error.strerror + (f": {error.filename}" if error.filename else "")
         elif isinstance(error, torch.OutOfMemoryError):
             text = "out of memory: lower --micro_batch_size, or more processes, or a higher --zero"
-        elif "by peer" in text or isinstance(error, dist.DistError):
+        elif world_size() > 1 and ("by peer" in text or "remote peer" in text):
             text = "another process ended or its machine is lost, see what it said; the same " \
                 "command goes on from the last checkpoint"
         print(f"error: {Path(sys.argv[0]).name}: {text} (--debug shows the traceback)",
@@ -291,12 +291,13 @@ def check_shared(out):
     """Stop where not every process sees the directory in which rank 0 writes."""
     name = from_rank_0(lambda: tempfile.NamedTemporaryFile(dir=out, prefix=".shared_", delete=False)
                        .name.rpartition("/")[2])
-    lacking = [r for r in gather_rows([(rank(), not (out / name).exists() and rank())]) if r]
+    sees = gather_rows([(rank(), (out / name).exists())])
     if rank() == 0:
         (out / name).unlink()
-    if lacking:
-        die(f"process {lacking[0]} does not see what process 0 writes to {out}: --out must be one "
-            "directory that all machines share")
+    if not all(sees):
+        dist.destroy_process_group()  # or the first to leave aborts the others
+        die(f"process {sees.index(False)} does not see what process 0 writes to {out}: --out must "
+            "be one directory that all machines share")
 
 
 def lock(out):

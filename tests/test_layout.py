@@ -40,9 +40,11 @@ CONFIGS = {
             lambda: transformers.GemmaConfig(**BASE, **GQA, initializer_range=0.2), "opt":
                     lambda: transformers.OPTConfig(
                         **BASE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=
-                        64, word_embed_proj_dim=32, max_position_embeddings=128, init_std=0.2),}
-# ALiBi computes its bias from a 2-D mask; a sliding window shorter than the rows is lost; Gemma 2
-# caps its scores, which SDPA cannot.
+                        64, word_embed_proj_dim=32, max_position_embeddings=128, init_std=0.2),
+    "mistral_window":
+        lambda: transformers.MistralConfig(**BASE, **GQA, sliding_window=6, initializer_range=0.2),}
+# ALiBi computes its bias from a 2-D mask; Gemma 2 caps its scores, which SDPA cannot; a convolution
+# sees the group before.
 CANNOT = {
     "gemma2":
         lambda: transformers.
@@ -55,8 +57,12 @@ CANNOT = {
     "falcon_alibi":
         lambda: transformers.FalconConfig(**BASE, hidden_size=32, num_hidden_layers=2,
                                           num_attention_heads=4, alibi=True, initializer_range=0.2),
-    "mistral_window":
-        lambda: transformers.MistralConfig(**BASE, **GQA, sliding_window=6, initializer_range=0.2),}
+    "qwen3_next":
+        lambda: transformers.Qwen3NextConfig(
+            **BASE, **GQA, layer_types=["linear_attention", "full_attention"], num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+            linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+            linear_value_head_dim=8, initializer_range=0.2),}
 ALL = CONFIGS | CANNOT
 
 
@@ -229,8 +235,10 @@ def test_log_probabilities_in_the_fallback(name):
         assert_close(logps, stock_logps(policy, groups, logps.shape[-1]), atol=1e-5, rtol=1e-5)
 
 
-def test_the_probe_looks_at_the_longest_rows():
-    """Only rows longer than the sliding window show that the shared layout loses it."""
+def test_the_probe_looks_at_the_longest_rows(monkeypatch):
+    """Only rows longer than a sliding window show that a layout loses it, as it is made to here."""
+    rows_of = attend.rows_of
+    monkeypatch.setattr(attend, "rows_of", lambda lengths, _, device: rows_of(lengths, 0, device))
     reward_model = common.RewardModel(make("mistral_window", AutoModelForSequenceClassification))
     # at most 5 tokens of prompt and response: inside the window
     short = make_groups(2, n=64, longest=2)

@@ -155,7 +155,7 @@ def test_views_differ_and_the_contrastive_loss_reaches_the_backbone(small_run, m
     assert (grad is not None and grad.abs().max() > 1e-6) == method.startswith("swav")
     model.eval()
     _, h, _ = model(common.collate(groups + groups, tokenizer.pad_token_id))
-    assert torch.equal(h[:8], h[8:])  # it was the dropout
+    assert (h[:8] - h[8:]).abs().max() < 1e-5  # it was the dropout
 
 
 @pytest.fixture(scope="module")
