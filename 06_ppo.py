@@ -34,7 +34,7 @@ HPARAMS = {
     "rollouts": (16, 4, 4, "K, responses per prompt (paper: of its follow-up; B.2 says 4)"),
     "ppo_epochs": (1, 1, 1, "passes over each step's roll-outs"),
     "minibatch_size": (32, 8, 8, "prompts per optimiser step, global"),
-    "micro_batch_size": (1, 2, 8, "prompts (with their roll-outs) per process and forward pass"),
+    "micro_batch_size": (1, 1, 8, "prompts (with their roll-outs) per process and forward pass"),
     "actor_lr": (5e-7, 1e-6, 1e-4, "learning rate of the policy"),
     "critic_lr": (1.5e-6, 5e-6, 1e-3, "learning rate of the critic"),
     "warmup": (0.0, 0.0, 0.0, "share of the steps with rising learning rate"),
@@ -48,7 +48,7 @@ HPARAMS = {
     "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
     "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
     "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
-    "generate_batch_size": (4, 16, 16, "prompts per process and call of generate"),
+    "generate_batch_size": (2, 16, 16, "prompts per process and call of generate"),
     "eval_every": (100, 10, 10, "steps between samples of the same ten prompts"),
     **common.TRAINING,
     "zero": (3, 0, 0, "DeepSpeed ZeRO stage"),
@@ -219,8 +219,8 @@ def update(actor, critic, experience, args, run, seed):
             critic.backward(loss_v * share)
             run.note(value_loss=loss_v, critic_grad_norm=common.step(critic))
             with torch.no_grad():
-                p = torch.log_softmax(logits / args.temperature, -1)
-                e["entropy"] = (-(p.exp() * p).sum(-1) * mask).sum(-1)          # [B, K]
+                p = (torch.softmax(x.float() / args.temperature, -1) for x in logits.flatten(0, 1))
+                e["entropy"] = torch.stack([torch.special.entr(x).sum(-1) for x in p]).view_as(mask)
                 outside = ((logps - e["logps"]).exp() - 1).abs().gt(args.clip)
                 run.note(clip_fraction=masked_mean(outside.float(), mask))
 
@@ -233,7 +233,7 @@ def rollout_metrics(experience, gold):
         k3 = (torch.exp(-kl) - 1 + kl) * e["mask"]
         nll = -(e["sft_logps"] * e["mask"]).sum(-1)
         columns = (e["scores"], e["rewards"].sum(-1), kl.sum(-1), k3.sum(-1), e["mask"].sum(-1),
-                   e["cut"], nll, e["entropy"])                                 # [B, K] each
+                   e["cut"], nll, (e["entropy"] * e["mask"]).sum(-1))           # [B, K] each
         rows += torch.stack([c.flatten().double() for c in columns], 1).tolist()
     rows = common.gather_rows([((i, common.rank()), row) for i, row in enumerate(rows)])
     x = dict(zip(names, torch.tensor(rows, dtype=torch.float64).T))

@@ -19,6 +19,7 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 
 DTYPE = {"fp32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}  # of parameters
 ATTENTION = {"attention", "full_attention", "sliding_attention"}  # what the shared layout takes
@@ -206,18 +207,23 @@ def model_inputs(batch, model):
 
 
 def response_logits(model, batch):
-    """fp32 logits [B, K, T, V] that predict the response tokens, of a causal LM or its engine."""
+    """Logits [B, K, T, V] that predict the response tokens, of a causal LM or its engine."""
     index, keep, L = batch["predict_index"], batch["keep"], batch["input_ids"].shape[1]
-    inputs = model_inputs(batch, getattr(model, "module", model))
-    logits = model(**inputs, logits_to_keep=keep).logits                            # [R, keep, V]
+    inputs = model_inputs(batch, getattr(model, "module", model)) | {"logits_to_keep": keep}
+    logits = model(**inputs).logits                                                 # [R, keep, V]
     if torch.is_tensor(keep):
-        return logits.view(*index.shape, -1).float()
-    return logits[index // L, index % L - (L - keep)].float()
+        return logits.view(*index.shape, -1)
+    return logits[index // L, index % L - (L - keep)]
 
 
 def token_logps(logits, ids, temperature=1.0):
-    """log softmax(logits / temperature) at `ids`: [..., V], [...] → [...]."""
-    return F.log_softmax(logits / temperature, -1).gather(-1, ids[..., None]).squeeze(-1)
+    """log softmax(logits / temperature) at `ids`, in fp32: [..., V], [...] → [...]. A few places at
+    a time, and again in the backward pass: the softmax of all would be the largest tensor."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    def logps(x, ids):
+        return -F.cross_entropy(x.to(wide) / temperature, ids, reduction="none")
+    chunks = zip(logits.flatten(0, -2).split(256), ids.flatten().split(256))
+    return torch.cat([checkpoint(logps, *c, use_reentrant=False) for c in chunks]).view(ids.shape)
 
 
 def load_config(path, kind, dropout=0.0):
@@ -241,8 +247,7 @@ def load_policy(path, args):
 
 
 def load_reward_model(path, args, head_seed=None, dropout=0.0):
-    """A reward model from `path`; with `head_seed`, a new head N(0, 1/sqrt(H+1)) on the policy
-    found there."""
+    """A reward model; with `head_seed`, a new head N(0, 1/sqrt(H+1)) on the policy in `path`."""
     kind = "SequenceClassification" if head_seed is None else "CausalLM"
     config = load_config(path, kind, dropout)
     config.num_labels = 1
@@ -252,8 +257,7 @@ def load_reward_model(path, args, head_seed=None, dropout=0.0):
     transformers.logging.set_verbosity_warning()
     H, weight = model.score.in_features, model.score.weight.data
     if head_seed is not None:
-        weight = torch.randn(1, H, generator=torch.Generator().manual_seed(head_seed))
-        weight /= (H + 1) ** 0.5
+        weight = torch.randn(1, H, generator=torch.Generator().manual_seed(head_seed)) / (H + 1)**.5
     model.score = Float32Linear(H, 1, bias=False, dtype=DTYPE[args.precision])
     model.score.weight.data.copy_(weight)
     return RewardModel(model)
@@ -347,11 +351,10 @@ def save_model(engine, path, tokenizer):
 
 
 def choose_layout(args, forward, groups):
-    """Settle --layout auto: compare `forward(batch)` → [B, K] on a few groups in both layouts."""
+    """Settle --layout auto: compare `forward(batch)` → [B, K] in both, on short to long groups."""
     if args.layout != "auto":
         return args.layout
-    few = sorted(groups, key=group_length)
-    few = [few[i * (len(few) - 1) // 3] for i in range(4)]  # the longest show a sliding window
+    few = [sorted(groups, key=group_length)[i * (len(groups) - 1) // 3] for i in range(4)]
     tolerance = 1e-3 if args.precision == "fp32" else 0.1  # bf16 keeps 8 bits
     try:
         with inference(args):
@@ -427,11 +430,9 @@ def whole_model(engine):
 
 
 def generate(engine, tokenizer, prompts, K, args, seed):
-    """Sample K responses to each prompt (token ids) → [[response ids] * K]. Only one that ended
-    carries EOS. Each chunk of prompts has its own seed: processes do not change the samples."""
-    model, mine, size = whole_model(engine), [], args.generate_batch_size
-    was_training = model.training
-    model.eval()
+    """Sample K responses to each prompt (token ids) → [[response ids] * K], model.eval() from then
+    on. Only those that ended carry EOS. Seeds are by chunk: processes do not change the samples."""
+    model, mine, size = whole_model(engine).eval(), [], args.generate_batch_size
     chunks = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     with inference(args), torch.random.fork_rng([device()] * (device().type == "cuda")):
@@ -446,5 +447,4 @@ def generate(engine, tokenizer, prompts, K, args, seed):
                 max_new_tokens=args.run["max_response_tokens"])[:, batch["input_ids"].shape[1]:]
             ids = [r[:r.index(eos) + 1] if eos in r else r for r in out.tolist()]
             mine += [(i, ids[j * K:(j + 1) * K]) for j, i in enumerate(chunks[c])]
-    model.train(was_training)
     return gather_rows(mine)

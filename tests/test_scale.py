@@ -1,0 +1,44 @@
+"""bench/memory.py against measured peaks, and docs/scale.md against bench/memory.py."""
+import json
+import sys
+from importlib import import_module
+
+import pytest
+from conftest import ROOT, deepspeed
+
+sys.path.insert(0, str(ROOT / "bench"))
+BUCKET = 500_000_000  # numbers: it would hide all else of a small model
+ONE = [{"kind": "reward"}, {"kind": "reward", "H": 256, "kv": 1}, {"kind": "reward", "K": 6},
+       {"kind": "reward", "checkpointing": True, "layers": 8},
+       {"kind": "policy"}, {"kind": "policy", "V": 6000, "precision": "bf16"},
+       {"kind": "policy", "checkpointing": True, "layers": 8, "precision": "autocast"},
+       {"kind": "sampling", "prompt": 128, "response": 8},
+       {"kind": "sampling", "precision": "bf16", "response": 16},
+       {"kind": "sampling", "precision": "autocast", "response": 8},
+       {"kind": "metarm", "precision": "autocast", "zero": 3}]
+TWO = [{"kind": "reward", "zero": 1}, {"kind": "reward", "zero": 2, "precision": "bf16"},
+       {"kind": "policy", "zero": 3},
+       {"kind": "metarm", "zero": 3, "precision": "autocast"}]
+
+
+@pytest.mark.parametrize(("processes", "cases"), [(1, ONE), (2, TWO)])
+def test_memory_is_what_the_formula_says(processes, cases, tmp_path):
+    deepspeed(processes, "tests/memory_worker.py", tmp_path / "found.json", *map(json.dumps, cases))
+    wrong = []
+    for case, (expected, measured) in zip(cases, json.loads((tmp_path / "found.json").read_text())):
+        bucket = BUCKET * (2 if case.get("precision") == "bf16" else 4) * bool(case.get("zero"))
+        print(case, ratio := (expected - bucket) / (measured - bucket))
+        if not 0.9 < ratio < 1.1:
+            wrong.append((case, ratio))
+    assert not wrong
+
+
+def test_tables_are_of_this_code_and_fit():
+    import memory
+    text = (ROOT / "docs/scale.md").read_text()
+    assert "too much" not in text
+    for name, config, preset, G, most in memory.CASES:
+        column = ("paper", "small").index(preset)
+        tables = {stage: {k: row[column] for k, row in import_module(stage).HPARAMS.items()}
+                  for stage in memory.STAGES}
+        assert memory.report(name, config, tables, preset, G, most) in text
