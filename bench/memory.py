@@ -46,7 +46,7 @@ def casts(config, policy, precision):
 
 def states(P, precision, zero, G=1):
     """Weights, gradients, master copy, Adam's two moments; from ZeRO-1 on also DeepSpeed's buffer
-    for gradients, with those that wait to be sent, and at ZeRO-3 the parameters gathered at once."""
+    for gradients, with those that wait to be sent, and at ZeRO-3 gathered parameters."""
     width = 2 if precision == "bf16" else 4
     share = [G if zero >= stage else 1 for stage in (3, 2, 1)]
     master = 4 if precision == "bf16" or zero else 0
@@ -88,7 +88,7 @@ def sampling(config, sequences, prompt, response, precision):
     or at the end the next token's distribution, sorted for top-p."""
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
     kv = H // config.num_attention_heads * config.num_key_value_heads
-    width = {"fp32": 8, "bf16": 4, "autocast": 6}[precision]  # of a key, fp32 in autocast, + a value
+    width = {"fp32": 8, "bf16": 4, "autocast": 6}[precision]  # a key (fp32 in autocast), a value
     cached = config.num_hidden_layers * kv * width  # a token
     return casts(config, True, precision) + sequences * max(
         prompt * (cached + 5 * H * (2 if precision == "bf16" else 4) +
