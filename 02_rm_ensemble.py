@@ -60,7 +60,7 @@ def train_member(args, m, tokenizer, train, valid, sft):
             common.write_text(run.dir / "held_out.json", json.dumps(sorted(held_out)) + "\n")
     steps = common.steps_for(args, len(train))
     model = common.load_reward_model(sft, args, head_seed=seed)
-    rm = common.RewardEngine(model, args, tokenizer, train, steps)
+    rm = common.RewardEngine(model, run, tokenizer, train, steps)
     batches = common.batches(train, args.batch_size, steps, seed)
     for step, batch in run.steps(batches, rm=rm.engine):
         for micro in rm.micro_batches(batch):
@@ -71,7 +71,7 @@ def train_member(args, m, tokenizer, train, valid, sft):
         if step % 10 == 0 or step == steps:
             run.log(step, quiet=step != steps)
     result = common.accuracies(rm.score(valid), valid)
-    rm.save(run.dir)
+    rm.save()
     run.finish(valid_accuracy=result["accuracy_original"], steps=steps)
 
 

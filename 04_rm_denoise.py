@@ -100,7 +100,7 @@ def train_method(args, name, rows, valid_rows, sft, tokenizer):
     watched = random.Random(args.seed).sample(train, min(len(train), len(valid)))
     steps = common.steps_for(args, len(train))
     model = common.load_reward_model(sft, args, head_seed=args.seed)
-    rm = common.RewardEngine(model, args, tokenizer, train, steps)
+    rm = common.RewardEngine(model, run, tokenizer, train, steps)
     scores = run.state.setdefault("scores", [])
 
     def evaluate(step):
@@ -128,7 +128,7 @@ def train_method(args, name, rows, valid_rows, sft, tokenizer):
             result = evaluate(step)
     if common.rank() == 0:
         common.write_jsonl(run.dir / "scores.jsonl", scores)
-    rm.save(run.dir)
+    rm.save()
     run.finish(**result, steps=steps, flipped=sum(row["flipped"] for row in rows))
 
 

@@ -162,7 +162,7 @@ def train_method(args, method, name, tokenizer, train, valid_rows, sft):
     beta = args.hparams["simcse_beta" if method.startswith("simcse") else f"{method}_beta"]
     K = args.hparams["swav_diff_prototypes" if method == "swav_diff" else "swav_prototypes"]
     model = common.load_reward_model(sft, args, head_seed=args.seed, dropout=args.dropout).model
-    rm = common.RewardEngine(ContrastiveRewardModel(model, K, args.seed), args, tokenizer, train,
+    rm = common.RewardEngine(ContrastiveRewardModel(model, K, args.seed), run, tokenizer, train,
                              steps)
     common.set_seed(args.seed * 1000 + common.rank())  # dropout differs between ranks
     batches = common.batches(train, args.batch_size, steps, args.seed)
@@ -180,7 +180,7 @@ def train_method(args, method, name, tokenizer, train, valid_rows, sft):
             run.note(loss_rm=loss_rm, loss_cl=loss_cl, grad_norm=rm.step())
         if run.due(step):
             result = run.log(step, **common.accuracies(rm.score(valid), valid_rows))
-    rm.save(run.dir)
+    rm.save()
     result |= write_features(run, {args.like: args.out + "/" + like, name: run.dir}, valid,
                              tokenizer)
     run.finish(**result, steps=steps)

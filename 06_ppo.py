@@ -134,9 +134,9 @@ def paths(args):
     return f"06_ppo/{name}", start, rm
 
 
-def load_models(args, start, rm, iterations, prompts):
+def load_models(args, start, rm, prompts):
     """(actor, critic, reference, reward model), and the layout, tried on long rows."""
-    steps = iterations * args.ppo_epochs * (args.batch_size // args.minibatch_size)
+    steps = args.iterations * args.ppo_epochs * (args.batch_size // args.minibatch_size)
     actor, critic = (common.make_engine(model, args, args.minibatch_size, lr, steps)
                      for model, lr in ((common.load_policy(start, args), args.actor_lr),
                                        (common.load_reward_model(rm, args), args.critic_lr)))
@@ -263,25 +263,25 @@ def main(argv=None, reward_fn=None):
     prompts = common.encode(tokenizer, rows, [], args.run)
     texts = {row["id"]: row["prompt"] for row in rows}
     gold = judges.gold if args.run.get("world") == "toy" else None
-    seed, iterations = args.seed * 1000 + args.round, min(args.iterations, args.limit or math.inf)
-    models, layout = load_models(args, f"{args.out}/{start}", f"{args.out}/{rm}", iterations,
-                                  prompts)
+    seed, args.iterations = args.seed * 1000 + args.round, min(args.iterations, args.limit or 10**9)
+    models, layout = load_models(args, f"{args.out}/{start}", f"{args.out}/{rm}", prompts)
     actor, critic = models[:2]
+    run.done or common.save_model(actor, run.dir, tokenizer)  # what cannot be saved fails now
     history = run.state.setdefault("history", [])
     run.state.setdefault("running", (0, 0.0, 0.0))  # count, mean and deviations of the scores
     answer = partial(judges.sample_answers, run, actor, models[3], layout, tokenizer, prompts[:10],
                      texts, gold)
     run.done or answer(0)
-    batches = common.batches(prompts, args.batch_size, iterations, seed)
+    batches = common.batches(prompts, args.batch_size, args.iterations, seed)
     for step, batch in run.steps(batches, actor=actor, critic=critic):
         actor.eval(), critic.eval()
         responses = common.generate(actor, tokenizer, [g["prompt"] for g in batch], args.rollouts,
-                                    args, seed=seed * iterations + step)
+                                    args, seed=seed * args.iterations + step)
         groups = [{**g, "responses": r} for g, r in zip(batch, responses)]
         experience = [make_experience(micro, models, args, tokenizer, layout, reward_fn) for micro
                       in common.micro_batches(groups, actor.train_micro_batch_size_per_gpu())]
         run.state["running"], std = add_advantages(experience, run.state["running"], args)
-        update(actor, critic, experience, args, run, seed * iterations * 10 + step * 10)
+        update(actor, critic, experience, args, run, (seed * args.iterations + step) * 10)
         answers = [(texts[g["id"]], tokenizer.decode(r, skip_special_tokens=True))
                    for g in groups for r in g["responses"]]
         values = rollout_metrics(experience, gold and gold(*zip(*answers)))

@@ -252,7 +252,7 @@ def main(argv=None):
     valid_rows, valid = common.encode_pairs(
         tokenizer, common.read_jsonl(strength / "valid.jsonl"), args.run)
     model = common.load_reward_model(sft, args, head_seed=args.seed)
-    rm = common.RewardEngine(model, args, tokenizer, pairs, common.steps_for(args, len(pairs)))
+    rm = common.RewardEngine(model, run, tokenizer, pairs, common.steps_for(args, len(pairs)))
     if not run.done:
         run.state["J_initial"] = difference_loss(rm.score(held)).item()
     rewards = {}                                                                # [m, k] each
@@ -269,7 +269,7 @@ def main(argv=None):
         return result
 
     result = train(run, rm, pairs, meta, evaluate)
-    rm.save(run.dir)
+    rm.save()
     rewards["vanilla"] = common.score_by(vanilla, held, args, tokenizer)
     if common.rank() == 0:
         found = {name: held_back(x) for name, x in rewards.items()}

@@ -155,8 +155,7 @@ def batches(groups, batch_size, steps, seed, window=16):
 
 def steps_for(args, rows):
     """Optimiser steps for --epochs passes over `rows` rows, capped by --limit."""
-    steps = max(1, -(-int(rows * args.epochs) // args.batch_size))
-    return min(steps, args.limit or steps)
+    return min(steps := max(1, -(-int(rows * args.epochs) // args.batch_size)), args.limit or steps)
 
 
 def micro_size(batch_size, most):
@@ -301,12 +300,13 @@ def step(engine):
 
 
 class RewardEngine:
-    """A reward model at training: its engine and the layout of its batches, which `score` and
-    `micro_batches` (this rank's share of a global batch, collated) need not be told."""
+    """A stage's reward model at training: its engine and the layout of its batches, which `score`
+    and `micro_batches` (this rank's share of a global batch, collated) need not be told."""
 
-    def __init__(self, module, args, tokenizer, groups, steps):
-        self.args, self.tokenizer = args, tokenizer
+    def __init__(self, module, run, tokenizer, groups, steps):
+        self.run, self.tokenizer, args = run, tokenizer, run.args
         self.engine = make_engine(module, args, args.batch_size, args.lr, steps)
+        run.done or save_model(self.engine, run.dir, tokenizer)  # what cannot be saved fails now
         self.engine.eval()
         self.layout = choose_layout(args, lambda batch: self.engine(batch)[0], groups)
         self.engine.train()
@@ -319,11 +319,11 @@ class RewardEngine:
         return self.engine(batch)
 
     def micro_batches(self, batch):
-        return map(self.collate, micro_batches(batch, self.args.micro_batch_size))
+        return map(self.collate, micro_batches(batch, self.run.args.micro_batch_size))
 
-    def save(self, path):
-        """Write the checkpoint, and give the memory back for the next model of the launch."""
-        save_model(self.engine, path, self.tokenizer)
+    def save(self):
+        """Write the model, and give the memory back for the next one of the launch."""
+        save_model(self.engine, self.run.dir, self.tokenizer)
         free(self.engine)
 
 

@@ -26,8 +26,8 @@ def one(case):
     common.setup(args)
     pairs = harness.groups_of([(PROMPT, T, T)] * N, config.vocab_size)
     meta = harness.groups_of([(PROMPT, *[T] * case["k"])] * M, config.vocab_size)
-    rm = common.RewardEngine(common.load_reward_model(path, args, head_seed=0), args,
-                             SimpleNamespace(pad_token_id=0), pairs, 1000)
+    rm = common.RewardEngine(common.load_reward_model(path, args, head_seed=0), SimpleNamespace(
+        args=args, done=1), SimpleNamespace(pad_token_id=0), pairs, 1000)
     seconds = {"plain": [], "whole": []}
     for turn in range(case["steps"] + 1):
         start = harness.now()

@@ -50,7 +50,7 @@ def ours(case, config, path, groups):
         pad_token_id = 0
     model = common.load_reward_model(path, args, head_seed=0)
     steps = len(groups) // case["batch"]
-    rm = common.RewardEngine(model, args, Tokenizer, groups, steps)
+    rm = common.RewardEngine(model, SimpleNamespace(args=args, done=1), Tokenizer, groups, steps)
     flops = 0
     batches = common.batches(groups, case["batch"], steps, 0)
     for step, batch in enumerate(batches[:2] + batches):

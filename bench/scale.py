@@ -39,8 +39,8 @@ def files(rounds):
     common.setup(args)
     groups = harness.groups_of([(32, 16, 16)] * 16, config.vocab_size)
     tokenizer = SimpleNamespace(pad_token_id=0, save_pretrained=lambda path: None)
-    rm = common.RewardEngine(common.load_reward_model(path, args, head_seed=0), args, tokenizer,
-                             groups, 10)
+    rm = common.RewardEngine(common.load_reward_model(path, args, head_seed=0), SimpleNamespace(
+        args=args, done=1), tokenizer, groups, 10)
     for micro in rm.micro_batches(groups):
         rm.backward(rm(micro)[0].sum())
         rm.step()

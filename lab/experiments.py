@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
-from lab import base_model  # noqa: E402
+from lab import base_model, sources  # noqa: E402
 from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
 from lab.manifest import (  # noqa: E402
     finished, other_inputs, read_manifest, recorded_flags)
@@ -97,6 +97,11 @@ def why(out, directories, command=""):
             return f"{name}/manifest.json is not what the stage wrote"
         if other := other_inputs(out, manifest):
             return f"was made from another {other[0]} than is here now"
+        if name == "00_data":
+            given = [s for kind in ("preferences", "sft", "prompts", "ood_prompts")
+                     for s in manifest["run"][kind] or [] for s in sources.files(s)]
+            if new := [path for path in given if path not in manifest["inputs"]]:
+                return f"was made without {new[0]}, which is there now"
         for flag, value in asked.items():
             if str(manifest["hyperparameters"].get(flag, value)) != value:
                 return f"was made with another --{flag}"

@@ -86,7 +86,7 @@ def main(argv=None):
         tokenizer, common.read_jsonl(strength / "valid.jsonl"), args.run)
     steps = common.steps_for(args, len(train))
     model = common.load_reward_model(sft, args, head_seed=args.seed)
-    rm = common.RewardEngine(model, args, tokenizer, train, steps)
+    rm = common.RewardEngine(model, run, tokenizer, train, steps)
     batches = list(zip(common.batches(train, args.batch_size, steps, args.seed),
                        common.batches(meta, args.meta_batch_size, steps, args.seed + 1)))
     for step, (X_t, X_s) in run.steps(batches, rm=rm.engine):
@@ -95,7 +95,7 @@ def main(argv=None):
             rewards = rm.score(held)                                            # [m, k]
             result = common.accuracies(rm.score(valid), valid_rows)
             run.log(step, J_theta=difference_loss(rewards).item(), **result)
-    rm.save(run.dir)
+    rm.save()
     if common.rank() == 0:
         common.write_text(run.dir / "held_back.json", json.dumps({"theta": {
             "rewards": rewards.tolist(),

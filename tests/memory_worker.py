@@ -6,6 +6,7 @@ import sys
 import weakref
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "bench")]
 import harness  # noqa: E402  (first: it sets DeepSpeed's environment)
@@ -93,7 +94,7 @@ def measure(path, kind, precision="fp32", zero=0, checkpointing=False, layers=4,
     elif policy:
         engine = common.make_engine(model, args, args.batch_size, 1e-4, 9)
     else:
-        rm = common.RewardEngine(model, args, TOKENIZER, groups, 9)
+        rm = common.RewardEngine(model, SimpleNamespace(args=args, done=1), TOKENIZER, groups, 9)
     if kind == "metarm":
         out += P * width / (world if zero == 3 else 1)
 

@@ -478,14 +478,16 @@ def test_a_directory_killed_before_its_last_rename_counts_as_complete(copy):
 
 
 def test_the_users_own_files_and_model_are_inputs(small_run, tmp_path, capsys):
-    """Rows of --preferences edited, weights of a local --model changed: the driver runs what was
-    made from them again, verify and replay name them; gone, they are not missed."""
+    """Rows of --preferences edited, a file put beside them, weights of a local --model changed: the
+    driver runs what was made from them again, verify and replay name them; gone, they are not
+    missed."""
     rows = [json.loads(line) for line in (small_run / "00_data/train.jsonl").open()][:60]
-    own, model, out = tmp_path / "own.jsonl", tmp_path / "model", tmp_path / "out"
+    own, model, out = tmp_path / "own/rows.jsonl", tmp_path / "model", tmp_path / "out"
+    own.parent.mkdir()
     own.write_text("".join(json.dumps({k: r[k] for k in ("prompt", "chosen", "rejected")}) + "\n"
                            for r in rows))
     shutil.copytree(small_run / "01_sft", model)
-    flags = ["--preferences", own, "--model", model, "--limit", 1]
+    flags = ["--preferences", own.parent, "--model", model, "--limit", 1]
     for stage in (["00_data.py", *flags], ["01_sft.py"]):
         run(sys.executable, *stage, "--out", out)
     given = [*flags, "--out", f"{out}/../out/"]  # the same flags, spelt in another way
@@ -505,11 +507,17 @@ def test_the_users_own_files_and_model_are_inputs(small_run, tmp_path, capsys):
     done = run(sys.executable, "-m", "lab.verify", out, "--replay", "01_sft", check=False)
     assert done.returncode == 2 and f"made from another {weights}" in done.stdout
     weights.write_bytes(data)
+    (own.parent / "notes.txt").write_text("not read")
+    assert states("--out", out)[0]["00_data"] == "skip"
+    shutil.copy(own, more := own.with_name("more.jsonl"))
+    planned, notes = states("--out", out)
+    assert planned["00_data"] == "run" and f"was made without {more}, which is there" in notes[0]
+    more.unlink()
     with own.open("a") as file:
         file.write(json.dumps({"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}) + "\n")
     assert states("--out", out)[0]["00_data"] == "run"
     assert f"made from another {own}" in bad_lines(out, capsys)
-    own.unlink()
+    shutil.rmtree(own.parent)
     shutil.rmtree(model)
     assert list(states("--out", out)[0].values())[:2] == ["skip", "skip"]
     assert bad_lines(out, capsys) == "" and manifest.finished(out)
@@ -555,6 +563,7 @@ def test_bad_models_and_stages_are_one_line(copy, tmp_path):
     done = python(
         """
 import contextlib, io, shutil
+import deepspeed, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import torch
 before, tmp = Path(out), Path(sys.argv[2])
@@ -626,6 +635,13 @@ name = "input deleted"
 shutil.copytree(before, tmp / name)
 (tmp / name / "01_sft/model.safetensors").unlink()
 case(name, "02_rm_ensemble")
+def full(*args, **more): raise OSError(28, "No space left on device")
+def train(*args): raise SystemExit("trained before it was known that the model can be saved")
+transformers.PreTrainedModel.save_pretrained, deepspeed.DeepSpeedEngine.step = full, train
+for stage, *flags in (["02_rm_ensemble", "--M", "2"], ["04_rm_denoise", "--methods", "flip"],
+                      ["05_rm_contrastive", "--methods", "swav"], ["06_ppo", "--round", "0"],
+                      ["07_metarm", "--round", "1", "--meta_prompts", "16"], ["01_sft"]):
+    case("disk full", stage, *flags, "--restart")
 """, copy, tmp_path)
     cases = [json.loads(x[5:]) for x in done.stdout.splitlines() if x.startswith("CASE ")]
     words = {
@@ -638,8 +654,9 @@ case(name, "02_rm_ensemble")
             "03_strength was made from another 02_rm_ensemble/rm_01/model.safetensors",
             "python 03_strength.py"], "malformed row": ["train.jsonl:"],
         "damaged manifest": ["01_sft/manifest.json is damaged"],
-        "damaged run.json": ["run.json is damaged"], "input deleted": ["01_sft/model.safetensors"]}
-    assert [c[0] for c in cases] == list(words), done.stdout[-3000:]
+        "damaged run.json": ["run.json is damaged"], "input deleted": ["01_sft/model.safetensors"],
+        "disk full": ["No space left on device"]}
+    assert [c[0] for c in cases] == [*words, *["disk full"] * 5], done.stdout[-3000:]
     for name, code, same, lines in cases:
         assert code == 2 and same and len(lines) == 1 and lines[0].startswith("error: "), (name,
                                                                                            code,
