@@ -16,6 +16,7 @@ import json
 import random
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness  # first: it puts the project on the path
 
