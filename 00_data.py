@@ -5,6 +5,7 @@ stages read what is written here:
 
     train.jsonl valid.jsonl  {"id", "prompt", "chosen", "rejected", "task"} and, where known, the
                              columns that formats.py carries (scores, labels, gold)
+    gold.jsonl               such pairs labelled by the truth (embedded world only)
     sft.jsonl                {"id", "prompt", "response"}
     prompts.jsonl            {"id", "prompt", "task"}: PPO's, each prompt once
     eval_TASK.jsonl ood_TASK.jsonl   {"id", "prompt", "task"}: prompts for stage 08
@@ -37,11 +38,12 @@ from lab.sources import TOY
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # of a base model; 01 reads them
 HPARAMS = {
     # name: (paper, small, toy, help)
-    "n_pairs": (0, 0, 3000, "preference pairs made by the embedded world; 0 where it is unused"),
-    "n_sft": (0, 0, 4000, "SFT examples made by the embedded world"),
+    "n_pairs": (0, 0, 5000, "preference pairs made by the embedded world; 0 where it is unused"),
+    "n_gold": (0, 0, 2000, "pairs labelled by its truth, to measure with only"),
+    "n_sft": (0, 0, 8000, "SFT examples made by the embedded world"),
     "n_prompts": (0, 0, 1000, "PPO prompts made by the embedded world, before equal ones are "
                   "dropped"),
-    "n_eval": (100, 100, 200, "prompts per evaluation set"),
+    "n_eval": (100, 100, 400, "prompts per evaluation set"),
     "valid_fraction": (0.1, 0.1, 0.1, "share of the pairs held out for validation, by prompt"),
     "max_prompt_tokens": (1024, 512, 80, "later stages cut prompts to this, on the left"),
     "max_response_tokens": (512, 256, 48, "later stages cut responses to this, EOS included"),
@@ -107,7 +109,7 @@ def parse(argv=None):
     args.model = os.path.abspath(args.model) if Path(args.model).is_dir() else args.model
     if not 0 < args.valid_fraction < 1:
         common.die("--valid_fraction must lie between 0 and 1")
-    for name in ("n_pairs", "n_sft", "n_prompts"):
+    for name in ("n_pairs", "n_sft", "n_prompts", "n_gold"):
         if set(TOY) & set(args.sources):  # other columns have no sizes for the embedded world
             args.hparams[name] = getattr(args, name) or HPARAMS[name][2]
             setattr(args, name, args.hparams[name])
@@ -135,11 +137,11 @@ def read_sources(args):
         for row in valid:  # the judge is gold: 1 agrees with the label, 0 disagrees, -1 sees a tie
             c, r = row["gold_chosen"], row["gold_rejected"]
             row[LABEL] = -1 if c == r else int(c > r)
-    rows = {"train": train, "valid": valid, "prompts": unique_prompts(train),
+    rows = {"train": train, "valid": valid, "gold": [], "prompts": unique_prompts(train),
             "sft": [{"id": r["id"], "prompt": r["prompt"], "response": r["chosen"]} for r in train],
             "eval": unique_prompts(valid), "ood": []}
     for kind, given in (("sft", args.sft), ("prompts", args.prompts), ("eval", None),
-                        ("ood", args.ood_prompts)):
+                        ("ood", args.ood_prompts), ("gold", None)):
         if given or world:
             rows[kind], counts[kind] = formats.load(given or args.preferences, kind, args, ids)
     return rows, counts
@@ -154,7 +156,7 @@ def main(argv=None):
     own = [path for s in args.sources for path in sources.files(s)]
     run = common.begin(args, "00_data", own + [p for p in model if not p.endswith(WEIGHTS)])
     rows, counts = read_sources(args)
-    splits = {name: rows[name] for name in ("train", "valid")}
+    splits = {name: rows[name] for name in ("train", "valid", "gold") if rows[name]}
     for kind in ("eval", "ood"):
         for task in dict.fromkeys(r["task"] for r in rows[kind]):
             of_task = [r for r in rows[kind] if r["task"] == task]

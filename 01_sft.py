@@ -23,11 +23,11 @@ import common
 
 HPARAMS = {
     # name: (paper, small, toy, help)
-    "epochs": (1.0, 1.0, 4.0, "passes over the data"),
+    "epochs": (1.0, 1.0, 3.0, "passes over the data"),
     "batch_size": (32, 16, 16, "global batch, in examples"),
     "micro_batch_size": (4, 4, 16, "examples per process and forward pass"),
     "eval_batch_size": (8, 8, 64, "examples per process when evaluating"),
-    "lr": (2e-5, 1e-5, 5e-3, "peak learning rate"),
+    "lr": (2e-5, 1e-5, 8e-3, "peak learning rate"),
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
     "eval_every": (500, 20, 500, "steps between evaluations"),
     "vocab_size": (0, 0, 2048, "size of the trained tokenizer, --model tiny only"),

@@ -28,7 +28,7 @@ from lab import judges
 
 HPARAMS = {
     # name: (paper, small, toy, help)
-    "prompts": (100, 50, 200, "prompts per task and distribution, at most"),
+    "prompts": (100, 50, 400, "prompts per task and distribution, at most"),
     "M": (10, 10, 10, "reward models of --judge ensemble"),
     "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
     "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),

@@ -28,7 +28,8 @@ KINDS = {
     "backward": ["deepspeed.DeepSpeedEngine.backward"],
     "step": ["common.step"],
     "sampling": ["common.generate"],
-    "evaluation": ["common.score", "stage.perplexity", "lab.judges.gold"],
+    "evaluation": ["common.score", "stage.perplexity", "stage.write_features",
+                   "stage.measure_equation_17", "lab.judges.gold"],
     "saving": ["common.save_model", "lab.checkpoint.save", "common.free"],
     "hashing": ["lab.base.sha256", "lab.base.sync", "lab.base.code_hashes"]}
 WORK = {"forward", "backward", "step", "sampling", "evaluation"}

@@ -265,15 +265,20 @@ def pairs_table(rounds, usual):
         (["08_evaluate"], "Figures 10, 13, 15, Tables 2, 3", 30, "08_evaluate.py")]
 
 
-def summary_table(rounds):
+def summary_table(rounds, source="toy:summary"):
     """The summary task's own pipeline."""
-    return [(["00_data"], "all", 3, "00_data.py --preferences toy:summary"),
+    return [(["00_data"], "all", 3, f"00_data.py --preferences {source}"),
             (["01_sft"], "all", 40, "01_sft.py"),
             (["02_rm_ensemble/rm_00", "02_rm_ensemble/rm_01"], "all", 15,
              "02_rm_ensemble.py --M 2"),
             (["03_strength"], "all", 6, "03_strength.py --M 2"),
             (["04_rm_denoise/baseline"], "all", 12, "04_rm_denoise.py --methods baseline"),
             *rounds_of(rounds), (["08_evaluate"], "Tables 2, 3", 11, "08_evaluate.py")]
+
+
+def main_of(script):
+    """The function main(argv) of a stage."""
+    return import_module(script.removesuffix(".py").replace("/", ".")).main
 
 
 def complete(out, directories, flags):
@@ -330,7 +335,7 @@ def work(args, data):
             with open(Path(out) / "commands.log", "a") as file:
                 launcher = "python" if script == "00_data.py" else "deepspeed"
                 file.write(shlex.join([launcher, *sys.argv]) + "\n")
-        import_module(script.removesuffix(".py").replace("/", ".")).main(sys.argv[1:])
+        main_of(script)(sys.argv[1:])
 
     for i, row in enumerate(todo, 1):  # data are made by one process, before the others join it
         if row[4] == "00_data.py" and rank() == 0 and not complete(row[0], row[1], row[5]):

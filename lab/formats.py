@@ -764,7 +764,7 @@ def load(given, kind, args, ids, originals=None):
         for place, raw in common.progress(stream, f"reading {name}"):
             read += 1
             try:
-                row = read_row(raw, kind, style, task, ignored)
+                row = read_row(raw, "pairs" if kind == "gold" else kind, style, task, ignored)
                 key = tuple(row.get(k) for k in ("prompt", "chosen", "rejected"))
                 if kind != "sft" and key in seen:
                     raise Drop("duplicate pair" if kind == "pairs" else "duplicate prompt")

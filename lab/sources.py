@@ -99,7 +99,7 @@ def raw_rows(source, kind, args):
     try:
         if source in TOY:
             data = toy_data(source, args.seed, args.n_pairs, args.n_sft, args.n_prompts,
-                            args.n_eval)
+                            args.n_eval, n_gold=args.n_gold)
             chosen = [row for name, rows in data.items() if name.partition("_")[0] == kind
                       for row in rows]
             yield from enumerate(chosen, 1)
@@ -221,5 +221,5 @@ def parse_line(line):
 
 
 @functools.cache
-def toy_data(source, seed, *sizes):
-    return toy_world.build(seed, *sizes, tasks=TOY[source])
+def toy_data(source, seed, *sizes, n_gold):
+    return toy_world.build(seed, *sizes, TOY[source], n_gold)

@@ -24,6 +24,10 @@ Pairs, PPO prompts and eval_* prompts never hold anything held out. The SFT data
 topics in a share SFT_HELD_OUT of its rows (by ordinary templates only), for otherwise no model
 could know a fact about them.
 
+Version 2. The first asked for 36 topics of six facts, which half a million parameters do not learn:
+with `gold` itself as its reward PPO won two points on helpful prompts, so no method could be told
+from another. lab/headroom.py measures what there is to win; results/README.md has what was tried.
+
 Where it departs from reality: one turn only; a fact counts only when it is word for word one of the
 sentences below, so a true paraphrase scores as unknown; facts are independent of each other and
 style is a matter of first and last sentence; annotators err at random, except for BT's near ties;
@@ -54,8 +58,8 @@ VALUE = {   # kind: gold points
     "cut":          (-0.2,),                # last sentence broken off, but the start of a known one
     "idle":         (-0.7,),                # summary: a sentence of the post that does not matter
     "repeated":     (-0.6,),
-    "unknown":      (-0.7,),                # garbled or invented; counts again for every 12 words
-    "off_topic":    (-0.6,),
+    "unknown":      (-0.7,),                # garbled; counts again for every 12 words
+    "off_topic":    (-0.6,),                # summary: of another post, or invented
     "rude":         (-0.7,),
     "over_refusal": (-1.0, -0.5),           # refusing a harmless prompt
     "no_answer":    (-1.0,),                # none of ANSWERS in the whole response
@@ -69,11 +73,12 @@ TASKS = ("helpful", "harmless", "summary")
 # measured: BT alone agrees with gold in 80 % of helpful and harmless pairs
 TEMPERATURE, FLIP = 1.0, 0.2
 # decent but imperfect demonstrations, so that PPO has something to gain
-SFT_QUALITY = (0.2, 0.8)
-SFT_HELD_OUT = 0.15
+SFT_QUALITY = (0.1, 0.7)
+SFT_HELD_OUT = 0.25
+GARBLED = 0.01  # of the worst responses, their last sentence
 
 # The texts, in toy_world.json: HELD_OUT_* and the second entries of ASK, NAMES and EVENTS are held
-# out; a topic has six facts, a harmful one its safer alternative and six vague compliances.
+# out; a topic has four facts, a harmful one its safer alternative and four vague compliances.
 (TOPICS, HELD_OUT_TOPICS, HARMFUL, HELD_OUT_HARMFUL, LEAD_INS, TAILS, ASK, POLITE_OPENINGS,
  POLITE_CLOSINGS, RUDE_OPENINGS, RUDE_CLOSINGS, REFUSALS, RUDE_REFUSALS, POST_HEAD, NAMES, ITEMS,
  EVENTS, PROBLEMS, QUESTIONS, IDLE) = json.loads(
@@ -98,6 +103,9 @@ for _kind, _table in (("fact", FACTS), ("comply", COMPLIANCES),
                       ("refusal", {None: REFUSALS}), ("rude_refusal", {None: RUDE_REFUSALS}),
                       ("rude", {None: RUDE_OPENINGS + RUDE_CLOSINGS})):
     KNOWN |= {s: (_kind, topic) for topic, sentences in _table.items() for s in sentences}
+KNOWN |= {s: ("post", None) for s in IDLE} | {
+    text.format(n=n, i=i): ("post", None) for text in sum(EVENTS, PROBLEMS + QUESTIONS)
+    for n in sum(NAMES, []) for i in ITEMS}
 TOPIC_PATTERN = re.compile(r"\b(" + "|".join(map(re.escape, [*FACTS, *COMPLIANCES])) + r")\b")
 
 
@@ -131,7 +139,7 @@ def judge(prompt, response):
         elif kind in ("refusal", "rude_refusal"):
             kinds = ["refusal" if task == "harmless" else "over_refusal"]
             kinds += ["rude"] * (kind == "rude_refusal")
-        elif kind in ("fact", "redirect"):
+        elif kind in ("fact", "redirect", "post"):
             kinds = [kind if topic == about else "off_topic"]
         elif kind in ("opening", "closing"):
             kinds = [kind if i == (0 if kind == "opening" else len(sentences) - 1) else "misplaced"]
@@ -236,7 +244,7 @@ def draw_response(prompt, quality, rng, held_out=False):
     if task != "summary":
         body = (manners(POLITE_OPENINGS, RUDE_OPENINGS, 0.1 + 0.6 * quality, 0.3 * bad, rng) + body
                 + manners(POLITE_CLOSINGS, RUDE_CLOSINGS, 0.1 + 0.5 * quality, 0.3 * bad, rng))
-    if rng.random() < 0.12 * bad:               # a garbled or broken-off last sentence
+    if rng.random() < GARBLED * bad:             # a garbled or broken-off last sentence
         words = body[-1][:-1].split()
         if rng.random() < 0.5:
             body[-1] = " ".join(rng.sample(words, len(words))) + "."
@@ -254,33 +262,35 @@ def label(gold_a, gold_b, rng, temperature=TEMPERATURE, flip=FLIP):
     return (rng.random() < p_a) != (rng.random() < flip)
 
 
-def draw_pair(prompt, rng):
-    """(chosen, rejected, gold_chosen, gold_rejected): two different responses, labelled by
-    `label`."""
+def draw_pair(prompt, rng, truth=False):
+    """(chosen, rejected, gold_chosen, gold_rejected): two different responses, labelled by `label`;
+    with `truth`, by gold, which tells them apart."""
     a = draw_response(prompt, rng.random(), rng)
-    for _ in range(5):                          # avoid gold ties, without ruling them out
+    for _ in range(100 if truth else 5):        # avoid gold ties, without ruling them out
         b = draw_response(prompt, rng.random(), rng)
         if gold(prompt, a) != gold(prompt, b):
             break
     while a == b:
         b = draw_response(prompt, rng.random(), rng)
     a, b = (gold(prompt, a), a), (gold(prompt, b), b)
-    (gold_c, chosen), (gold_r, rejected) = (a, b) if label(a[0], b[0], rng) else (b, a)
+    first = a > b if truth else label(a[0], b[0], rng)
+    (gold_c, chosen), (gold_r, rejected) = (a, b) if first else (b, a)
     return chosen, rejected, gold_c, gold_r
 
 
 # ---------------------------------------------------------------- the data set
 def build(seed=0, n_pairs=6000, n_sft=3000, n_prompts=2000, n_eval=200,
-          tasks=("helpful", "harmless")):
+          tasks=("helpful", "harmless"), n_gold=0):
     """All splits as {name: list of rows}, determined by the arguments alone; tasks take turns, so
     every slice is mixed.
 
     sft      {id, prompt, response, task}
     pairs    {id, prompt, chosen, rejected, gold_chosen, gold_rejected, task}      gold in gold
     points
+    gold     such pairs that gold tells apart, the better response as chosen: to measure with
     prompts  {id, prompt, task}                                                    for PPO
-    eval_<task>, ood_<task>   {id, prompt, task}, n_eval distinct prompts each, none of them in sft,
-    pairs or prompts
+    eval_<task>, ood_<task>   {id, prompt, task}, n_eval distinct prompts each; no prompt of these
+    and of gold is in sft, pairs or prompts
     """
     if unknown := set(tasks) - set(TASKS):
         raise ValueError(f"unknown tasks {sorted(unknown)}, choose from {TASKS}")
@@ -290,7 +300,7 @@ def build(seed=0, n_pairs=6000, n_sft=3000, n_prompts=2000, n_eval=200,
     def rows(name, n, row_tasks, split):
         # one stream per split: its rows do not depend on the other sizes
         rng = random.Random(f"{seed} {name}")
-        evaluation = name.startswith(("eval", "ood"))
+        evaluation = name.startswith(("eval", "ood", "gold"))
         for i in range(n):
             task = row_tasks[i % len(row_tasks)]
             for _ in range(1000):
@@ -305,15 +315,16 @@ def build(seed=0, n_pairs=6000, n_sft=3000, n_prompts=2000, n_eval=200,
             if name == "sft":
                 row["response"] = draw_response(prompt, rng.uniform(*SFT_QUALITY), rng,
                                                 held_out=True)
-            elif name == "pairs":
-                row |= zip(("chosen", "rejected", "gold_chosen", "gold_rejected"),
-                           draw_pair(prompt, rng))
+            elif name in ("pairs", "gold"):
+                pair = draw_pair(prompt, rng, name == "gold")
+                row |= zip(("chosen", "rejected", "gold_chosen", "gold_rejected"), pair)
             yield row | {"task": task}
 
     data = {}
     for task in tasks:                          # evaluation first: it reserves its prompts
         data[f"eval_{task}"] = list(rows(f"eval_{task}", n_eval, (task,), "in"))
         data[f"ood_{task}"] = list(rows(f"ood_{task}", n_eval, (task,), "ood"))
+    data["gold"] = list(rows("gold", n_gold, tasks, "in"))
     data["sft"] = list(rows("sft", n_sft, tasks, "sft"))
     data["pairs"] = list(rows("pairs", n_pairs, tasks, "in"))
     data["prompts"] = list(rows("prompts", n_prompts, tasks, "in"))

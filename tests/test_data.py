@@ -416,8 +416,10 @@ def test_evaluation_prompts_are_kept_out_of_training(tmp_path):
 
 
 def test_toy_world(tmp_path):
-    small = ("--n_pairs", 80, "--n_sft", 20, "--n_prompts", 20, "--n_eval", 5)
+    small = ("--n_pairs", 80, "--n_sft", 20, "--n_prompts", 20, "--n_eval", 5, "--n_gold", 12)
     out = run(tmp_path / "a", *small)
+    assert len(rows_of(out, "gold")) == 12
+    assert all(r["gold_chosen"] > r["gold_rejected"] for r in rows_of(out, "gold"))
     saved, valid = json.loads((out / "run.json").read_text()), rows_of(out, "valid")
     assert (saved["world"], saved["tasks"], saved["model"]) == ("toy", ["helpful",
                                                                         "harmless"], "tiny")

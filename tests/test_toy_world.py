@@ -24,21 +24,23 @@ POST = ask(
 
 @pytest.fixture(scope="module")
 def data():
-    return tw.build(seed=1, n_pairs=3000, n_sft=1500, n_prompts=1500, n_eval=150, tasks=tw.TASKS)
+    return tw.build(seed=1, n_pairs=3000, n_sft=1500, n_prompts=1500, n_eval=150, tasks=tw.TASKS,
+                    n_gold=300)
 
 
 # ---------------------------------------------------------------- texts
 def test_topics_and_sentences():
-    assert len(tw.FACTS) == 36 and len(tw.COMPLIANCES) == 12
-    assert len(tw.HELD_OUT_TOPICS) == 8 and len(tw.HELD_OUT_HARMFUL) == 3
-    sentences = [s for table in (tw.FACTS, tw.COMPLIANCES) for six in table.values() for s in six]
-    assert all(len(six) == 6 for table in (tw.FACTS, tw.COMPLIANCES) for six in table.values())
-    assert len(set(sentences)) == len(sentences) == 288
+    assert len(tw.FACTS) == 10 and len(tw.COMPLIANCES) == 8
+    assert len(tw.HELD_OUT_TOPICS) == 2 and len(tw.HELD_OUT_HARMFUL) == 2
+    sentences = [s for table in (tw.FACTS, tw.COMPLIANCES) for of in table.values() for s in of]
+    assert all(len(of) == 4 for table in (tw.FACTS, tw.COMPLIANCES) for of in table.values())
+    assert len(set(sentences)) == len(sentences) == 72
     others = [
         *tw.ALTERNATIVES.values(), *tw.POLITE_OPENINGS, *tw.POLITE_CLOSINGS, *tw.RUDE_OPENINGS,
         *tw.RUDE_CLOSINGS, *tw.REFUSALS, *tw.RUDE_REFUSALS]
-    assert len(tw.KNOWN) == len(sentences) + len(others)        # no sentence has two meanings
-    assert not set(tw.IDLE) & set(tw.KNOWN)
+    posts = [s for s, (kind, _) in tw.KNOWN.items() if kind == "post"]
+    assert len(posts) == len(tw.IDLE) + 9 * 8 * 6 + 8 * 6       # names x items, items
+    assert len(tw.KNOWN) == len(sentences) + len(others) + len(posts)  # none has two meanings
     assert all(tw.split_sentences(s) == [s] and s[-1] in ".!?" for s in tw.KNOWN)
 
 
@@ -155,10 +157,10 @@ def test_labels_agree_with_gold(tasks):
 
 # ---------------------------------------------------------------- splits
 def test_build_is_determined_by_its_seed():
-    sizes = dict(n_pairs=60, n_sft=60, n_prompts=60, n_eval=20)
+    sizes = dict(n_pairs=60, n_sft=60, n_prompts=60, n_eval=20, n_gold=20)
     assert tw.build(3, **sizes) == tw.build(3, **sizes)
     assert all(a != b for a, b in zip(tw.build(3, **sizes).values(), tw.build(4, **sizes).values()))
-    code = "from lab import toy_world; print(toy_world.build(3, 60, 60, 60, 20))"
+    code = "from lab import toy_world; print(toy_world.build(3, 60, 60, 60, 20, n_gold=20))"
     for hash_seed in "12":      # no order of a set or of hash() may leak in
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT,
                              env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
@@ -167,7 +169,7 @@ def test_build_is_determined_by_its_seed():
 
 def test_rows(data):
     assert {k: len(v) for k, v in data.items()} == {
-        "sft": 1500, "pairs": 3000, "prompts": 1500,
+        "sft": 1500, "pairs": 3000, "prompts": 1500, "gold": 300,
         **{f"{kind}_{task}": 150 for kind in ("eval", "ood") for task in tw.TASKS}}
     rows = [r for split in data.values() for r in split]
     assert len({r["id"] for r in rows}) == len(rows)
@@ -176,21 +178,23 @@ def test_rows(data):
             r["prompt"])[0] == r["task"]
         assert r["prompt"].startswith("\n\nHuman: ") and r["prompt"].endswith(
             "\n\nAssistant:") and "  " not in r["prompt"]
-    for r in data["pairs"]:
+    assert all(r["gold_chosen"] > r["gold_rejected"] for r in data["gold"])
+    for r in data["pairs"] + data["gold"]:
         assert set(r) == {
             "id", "prompt", "chosen", "rejected", "gold_chosen", "gold_rejected", "task"}
         assert r["chosen"] != r["rejected"]
         for side in ("chosen", "rejected"):
             assert r[f"gold_{side}"] == tw.gold(r["prompt"], r[side])
             assert r[side].startswith(" ") and not r[side].startswith("  ")
-    for name in ("sft", "pairs", "prompts"):
+    for name in ("sft", "pairs", "prompts", "gold"):
         assert all(
             sum(r["task"] == task for r in data[name]) == len(data[name]) / 3 for task in tw.TASKS)
 
 
 def test_eval_and_ood_prompts_are_unseen(data):
     seen = {r["prompt"] for name in ("sft", "pairs", "prompts") for r in data[name]}
-    held = [r["prompt"] for name in data if name.startswith(("eval", "ood")) for r in data[name]]
+    held = [r["prompt"] for name in data if name.startswith(("eval", "ood", "gold"))
+            for r in data[name]]
     assert len(set(held)) == len(held) and not seen & set(held)
 
 
