@@ -124,8 +124,8 @@ def run_values(args):
 
 
 def read_sources(args):
-    """({kind: clean rows}, {kind: {"read", "kept", "drops"}}) of train, valid, sft, prompts, eval,
-    ood; what is not given is taken from the pairs."""
+    """({kind: clean rows}, {kind: {"read", "kept", "drops"}}) of train, valid, gold, sft, prompts,
+    eval, ood; what is not given is taken from the pairs."""
     ids, counts, world = {}, {}, set(args.preferences) <= set(TOY)
     pairs, counts["pairs"] = formats.load(args.preferences, "pairs", args, ids)
     train, valid = split_by_prompt(pairs, args.valid_fraction, args.seed)

@@ -106,6 +106,7 @@ def answer(args, policies, rows, tokenizer):
         model = common.frozen(common.load_policy(f"{args.out}/{path}", args), args)
         ids = common.generate(model, tokenizer, prompts, 1, args, args.seed)
         responses[policy] = tokenizer.batch_decode([r[0] for r in ids], skip_special_tokens=True)
+        del model  # or the next one lies beside it
     return responses
 
 

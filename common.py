@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 DTYPE = {"fp32": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16}  # of parameters
 ATTENTION = {"attention", "full_attention", "sliding_attention"}  # what the shared layout takes
+CHUNK = 256  # places whose softmax is in memory at once: that of all would be the largest tensor
 LABELS = ("margin", "smoothing")  # of a pair: mu_hat of Eq. 6, alpha of Eq. 5
 SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickles, no code with a model
 load_tokenizer = partial(transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
@@ -196,7 +197,7 @@ class RewardModel(torch.nn.Module):
 
 
 def model_inputs(batch, model):
-    names, config = ["input_ids", "attention_mask"], model.config
+    names, config = ["input_ids", "attention_mask"], getattr(model, "module", model).config
     if batch["attention_mask"].dim() == 4:  # convolutions and recurrences see the group before
         if config._attn_implementation != "sdpa" or \
                 not {*(getattr(config, "layer_types", None) or ())} <= ATTENTION:
@@ -208,21 +209,20 @@ def model_inputs(batch, model):
 def response_logits(model, batch):
     """Logits [B, K, T, V] that predict the response tokens, of a causal LM or its engine."""
     index, keep, L = batch["predict_index"], batch["keep"], batch["input_ids"].shape[1]
-    inputs = model_inputs(batch, getattr(model, "module", model)) | {"logits_to_keep": keep}
-    logits = model(**inputs).logits                                                 # [R, keep, V]
+    logits = model(**model_inputs(batch, model), logits_to_keep=keep).logits        # [R, keep, V]
     if torch.is_tensor(keep):
         return logits.view(*index.shape, -1)
     return logits[index // L, index % L - (L - keep)]
 
 
 def token_logps(logits, ids, temperature=1.0):
-    """log softmax(logits / temperature) at `ids`, in fp32: [..., V], [...] → [...]. A few places at
-    a time, and again in the backward pass: the softmax of all would be the largest tensor."""
+    """log softmax(logits / temperature) at `ids`, in fp32 or more: [..., V], [...] → [...]."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     def logps(x, ids):
         return -F.cross_entropy(x.to(wide) / temperature, ids, reduction="none")
-    chunks = zip(logits.flatten(0, -2).split(256), ids.flatten().split(256))
-    return torch.cat([checkpoint(logps, *c, use_reentrant=False) for c in chunks]).view(ids.shape)
+    pieces = zip(logits.flatten(0, -2).split(CHUNK), ids.flatten().split(CHUNK))
+    return torch.cat([checkpoint(logps, *x, use_reentrant=False, preserve_rng_state=False)
+                      for x in pieces]).view(ids.shape)
 
 
 def load_config(path, kind, dropout=0.0):
@@ -354,7 +354,7 @@ def choose_layout(args, forward, groups):
     """Settle --layout auto: compare `forward(batch)` → [B, K] in both, on short to long groups."""
     if args.layout != "auto":
         return args.layout
-    few = [sorted(groups, key=group_length)[i * (len(groups) - 1) // 3] for i in range(4)]
+    few = sorted(groups, key=group_length, reverse=True)[::max(1, (len(groups) - 1) // 3)][:4]
     tolerance = 1e-3 if args.precision == "fp32" else 0.1  # bf16 keeps 8 bits
     try:
         with inference(args):

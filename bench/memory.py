@@ -3,10 +3,10 @@
     python bench/memory.py           Llama-2-7B in the paper preset, 0.5B in the small one
     python bench/memory.py --model my/model --preset small --gpus 1 [--out_of 24]
 
-Bytes from the shapes of a Llama-like decoder (Gemma, Mistral, Qwen; any other nearly so) and the
-stages' own hyperparameters, with every row as long as 00_data.py lets it be. docs/scale.md explains
-the terms, tests/test_scale.py holds them against measured peaks. CUDA's own gigabyte, and what its
-allocator loses between tensors, are not in it.
+Bytes from the shapes of a Llama-like decoder (Gemma, Mistral, Qwen) and the stages' own
+hyperparameters, with every row as long as 00_data.py lets it be. docs/scale.md explains the terms,
+tests/test_scale.py holds them against measured peaks. CUDA's own gigabyte, and what its allocator
+loses between tensors, are not in it.
 """
 import argparse
 import json
@@ -28,7 +28,7 @@ CASES = [("Llama-2-7B", LLAMA, "paper", 8, 79), ("Qwen2.5-0.5B", QWEN, "small", 
 STAGES = ["00_data", "01_sft", "02_rm_ensemble", "04_rm_denoise", "05_rm_contrastive", "06_ppo",
           "07_metarm", "08_evaluate"]
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size, stage3_max_live_...
-CHUNK = 256  # places whose softmax common.token_logps holds
+CHUNK = 256  # common.CHUNK, which tests/test_scale.py compares
 
 
 def parameters(config, policy):
@@ -40,8 +40,16 @@ def parameters(config, policy):
 
 def casts(config, policy, precision):
     """Autocast's copies in bf16 of what linear layers multiply by."""
-    embedding = config.vocab_size * config.hidden_size
+    embedding = config.vocab_size * config.hidden_size * (not policy or
+                                                          not config.tie_word_embeddings)
     return 2 * (parameters(config, policy) - embedding) if precision == "autocast" else 0
+
+
+def widths(config):
+    """Of all queries, and of all keys, of a token."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return size * heads, size * config.num_key_value_heads
 
 
 def states(P, precision, zero, G=1):
@@ -61,10 +69,9 @@ def layer(config, rows, row, precision):
     the five linear layers that read it); q, k, v, the output of attention twice; of the MLP gate,
     its activation, up and their product; and the mask, a number for each pair of a row's tokens."""
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
-    size = H // config.num_attention_heads
-    kv, width = size * config.num_key_value_heads, 4 if precision == "fp32" else 2
+    (q, kv), width = widths(config), 4 if precision == "fp32" else 2
     norms = {"fp32": 24, "bf16": 16, "autocast": 16 + 10}[precision] * H
-    token = norms + width * (3 * H + 2 * kv + 4 * I + row) + 4 * config.num_attention_heads + 8
+    token = norms + width * (3 * q + 2 * kv + 4 * I + row) + 4 * config.num_attention_heads + 8
     return rows * row * token
 
 
@@ -87,7 +94,7 @@ def sampling(config, sequences, prompt, response, precision):
     """Of one call of generate: keys and values, and what the prompts' pass holds in its last layer,
     or at the end the next token's distribution, sorted for top-p."""
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
-    kv = H // config.num_attention_heads * config.num_key_value_heads
+    _, kv = widths(config)
     width = {"fp32": 8, "bf16": 4, "autocast": 6}[precision]  # a key (fp32 in autocast), a value
     cached = config.num_hidden_layers * kv * width  # a token
     return casts(config, True, precision) + sequences * max(
@@ -129,7 +136,9 @@ def stages(config, tables, G):
     out["07_metarm"] = {
         "states": held(h, reward), "theta": reward * width / share,
         "activations": max(training(h, K) for K in (2, h["k"]))}
-    out["07_metarm, sampling"] = {"policy": 2 * policy, "sampling": generation(h, "bf16", h["k"])}
+    sampled = "fp32" if h["precision"] == "fp32" else "bf16"
+    out["07_metarm, sampling"] = {"policy": policy * (4 if sampled == "fp32" else 2),
+                                  "sampling": generation(h, sampled, h["k"])}
     h = tables["08_evaluate"]
     out["03_strength, 08_evaluate"] = {"model": policy * (2 if h["precision"] == "bf16" else 4),
                                        "sampling": generation(h, h["precision"], 1)}
@@ -163,7 +172,8 @@ def report(name, config, tables, preset, G, most):
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--model", help="a model's folder, or hub id (default: the two above)")
-    flags.add_argument("--preset", default="small", help="of --model (small)")
+    flags.add_argument("--preset", default="small", choices=("paper", "small", "toy"),
+                       help="of --model (small)")
     flags.add_argument("--gpus", type=int, default=1, help="processes for --model (1)")
     flags.add_argument("--out_of", type=float, default=24, help="GiB of one GPU (24)")
     args = flags.parse_args()

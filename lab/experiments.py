@@ -34,12 +34,12 @@ CONTRASTIVE = list(import_module("05_rm_contrastive").METHODS)
 
 def rounds_of(count):
     """Vanilla PPO and `count` rounds of MetaRM: Figures 16 and 17, Tables 2 and 3."""
-    rows = [(["06_ppo/round_0"], "vanilla PPO under the vanilla reward model", 20,
+    rows = [(["06_ppo/round_0"], "vanilla PPO under the vanilla reward model", 36,
              "06_ppo.py --round 0")]
     for r in range(1, count + 1):
         rows += [([f"07_metarm/round_{r}"], f"MetaRM, Algorithm 1, on samples of round {r - 1} "
-                  "(section 3.2)", 26, f"07_metarm.py --round {r}"),
-                 ([f"06_ppo/round_{r}"], f"PPO under MetaRM of round {r}", 21,
+                  "(section 3.2)", 27, f"07_metarm.py --round {r}"),
+                 ([f"06_ppo/round_{r}"], f"PPO under MetaRM of round {r}", 40,
                   f"06_ppo.py --round {r}")]
     return rows
 
@@ -47,17 +47,17 @@ def rounds_of(count):
 def pipeline(rounds, M=10):
     """(directories it makes, purpose, seconds on two idle cores, command) of every stage."""
     return [
-        (["00_data"], "bring the data into one clean form", 4, "00_data.py"),
-        (["01_sft"], "supervised fine-tuning: pi^SFT", 40, "01_sft.py"),
+        (["00_data"], "bring the data into one clean form", 5, "00_data.py"),
+        (["01_sft"], "supervised fine-tuning: pi^SFT", 45, "01_sft.py"),
         ([f"02_rm_ensemble/rm_{m:02d}" for m in range(M)],
-         "the reward models that vote (section 2.2)", 75, "02_rm_ensemble.py"),
-        (["03_strength"], "preference strength, Eq. 4 (section 2.2)", 26, "03_strength.py"),
+         "the reward models that vote (section 2.2)", 95, "02_rm_ensemble.py"),
+        (["03_strength"], "preference strength, Eq. 4 (section 2.2)", 38, "03_strength.py"),
         ([f"04_rm_denoise/{name}" for name in METHODS],
-         "flip, margin, soft labels (sections 2.4, 2.5)", 56, "04_rm_denoise.py"),
+         "flip, margin, soft labels (sections 2.4, 2.5)", 70, "04_rm_denoise.py"),
         ([f"05_rm_contrastive/{name}" for name in CONTRASTIVE],
-         "SimCSE and SwAV (section 3.1)", 66, "05_rm_contrastive.py"),
+         "SimCSE and SwAV (section 3.1)", 85, "05_rm_contrastive.py"),
         *rounds_of(rounds),
-        (["08_evaluate"], "win / tie / lose of every policy (Tables 2 and 3)", 18,
+        (["08_evaluate"], "win / tie / lose of every policy (Tables 2 and 3)", 28,
          "08_evaluate.py"),
         (["09_report"], "the figures and tables on one page", 8, "09_report.py")]
 
@@ -97,7 +97,8 @@ def why(out, directories, command=""):
             return f"{name}/manifest.json is not what the stage wrote"
         if other := other_inputs(out, manifest):
             return f"was made from another {other[0]} than is here now"
-        if name == "00_data":
+        if name == "00_data" and any(os.path.isabs(p) and os.path.exists(p)
+                                     for p in manifest["inputs"]):
             given = [s for kind in ("preferences", "sft", "prompts", "ood_prompts")
                      for s in manifest["run"][kind] or [] for s in sources.files(s)]
             if new := [path for path in given if path not in manifest["inputs"]]:
@@ -145,8 +146,7 @@ def show_resolved(command, preset):
     print("python" if one else "deepspeed", command)
     sys.argv = [script]
     with contextlib.suppress(SystemExit):
-        import_module(script.removesuffix(".py").replace("/", ".")).main(
-            [*flags, "--dry_run", "--preset", preset])
+        stage_of(script).main([*flags, "--dry_run", "--preset", preset])
 
 
 def plan(args, flags):
@@ -203,10 +203,10 @@ def plan(args, flags):
 # ---------------------------------------------------------------- the experiments
 
 def tenth(i, purpose, name="", flags=""):
-    """A reward model on the i-th tenth of the pairs by strength. A tenth is ten toy steps an epoch:
+    """A reward model on the i-th tenth of the pairs by strength. A tenth is 15 toy steps an epoch:
     one epoch would hardly move a model."""
     name = f"tenth_{i:02d}" + (f"_{name}" if name else "")
-    return ([f"04_rm_denoise/{name}"], purpose, 5.5,
+    return ([f"04_rm_denoise/{name}"], purpose, 8,
             f"04_rm_denoise.py --methods baseline --percentile {10 * i - 10} {10 * i} {flags} "
             f"--epochs 3 --eval_every {{often}} --name {name}")
 
@@ -215,7 +215,7 @@ def part(low, high, purpose):
     """A reward model on a share of the pairs by strength, in as many steps as one epoch of all, so
     that size and number of steps are not mixed up."""
     name = f"part_{low:03d}_{high:03d}"
-    return ([f"04_rm_denoise/{name}"], purpose, 10,
+    return ([f"04_rm_denoise/{name}"], purpose, 16,
             f"04_rm_denoise.py --methods baseline --percentile {low} {high} "
             f"--epochs {100 / (high - low):.4g} --name {name}")
 
@@ -242,43 +242,43 @@ def pairs_table(rounds, usual):
         tenth(1, "Figure 25", "soft", "--smoothing 0.1"),
         *(part(0, high, "Figure 21") for high in (20, 40, 60, 80)),
         *(part(low, 100, "Figure 22") for low in (80, 60, 40, 20)),
-        *(([f"04_rm_denoise/{method}_3_epochs"], "Figures 7, 8, 19, 20, 26, 27, 28", 33,
+        *(([f"04_rm_denoise/{method}_3_epochs"], "Figures 7, 8, 19, 20, 26, 27, 28", 50,
            f"04_rm_denoise.py --methods {method} --epochs 3 --eval_every {{seldom}} "
            f"--name {method}_3_epochs") for method in METHODS),
         # ---- PPO without KL penalty under each reward model
-        *(([f"06_ppo/{name}"], "Figures 9, 10" if name in METHODS else "Figures 12, 13", 21,
+        *(([f"06_ppo/{name}"], "Figures 9, 10" if name in METHODS else "Figures 12, 13", 40,
            f"06_ppo.py --rm {name} --kl_beta 0") for name in METHODS + CONTRASTIVE),
         # ---- studies that the paper does not have; PPO with a seed of its own, or it would see
         # round 0's prompts again
-        *(([f"06_ppo/more_{r}"], "more PPO, same reward model", 28, f"06_ppo.py --rm baseline "
+        *(([f"06_ppo/more_{r}"], "more PPO, same reward model", 45, f"06_ppo.py --rm baseline "
            f"--start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r} --seed 9{{seed}}{r}")
           for r in range(1, min(3, rounds) + 1)),
         # matched strength, lambda = eta: both are the factor of the same gradient of J
-        *(([f"07_metarm/eta_{eta}"], "MetaRM beside L - lambda J", 23, f"07_metarm.py --round 1 "
+        *(([f"07_metarm/eta_{eta}"], "MetaRM beside L - lambda J", 30, f"07_metarm.py --round 1 "
            f"--eta {eta} --equation_17 0 --name eta_{eta}") for eta in strengths),
-        *(([f"07_metarm/joint_{lam}"], "MetaRM beside L - lambda J", 20,
+        *(([f"07_metarm/joint_{lam}"], "MetaRM beside L - lambda J", 30,
            f"lab/joint.py --round 1 --lam {lam} --name joint_{lam}") for lam in strengths),
-        (["06_ppo/joint"], "MetaRM beside L - lambda J", 30, f"06_ppo.py --rm joint_{usual:g} "
+        (["06_ppo/joint"], "MetaRM beside L - lambda J", 45, f"06_ppo.py --rm joint_{usual:g} "
          "--start round_0 --name joint --seed 9{seed}1"),
-        (["08_best_of_n"], "best of n under each reward model", 110,
+        (["08_best_of_n"], "best of n under each reward model", 150,
          f"lab/best_of_n.py --n {{n}} --models {' '.join(models)}"),
-        (["08_evaluate"], "Figures 10, 13, 15, Tables 2, 3", 30, "08_evaluate.py")]
+        (["08_evaluate"], "Figures 10, 13, 15, Tables 2, 3", 60, "08_evaluate.py")]
 
 
 def summary_table(rounds, source="toy:summary"):
     """The summary task's own pipeline."""
-    return [(["00_data"], "all", 3, f"00_data.py --preferences {source}"),
-            (["01_sft"], "all", 40, "01_sft.py"),
-            (["02_rm_ensemble/rm_00", "02_rm_ensemble/rm_01"], "all", 15,
+    return [(["00_data"], "all", 5, f"00_data.py --preferences {source}"),
+            (["01_sft"], "all", 45, "01_sft.py"),
+            (["02_rm_ensemble/rm_00", "02_rm_ensemble/rm_01"], "all", 20,
              "02_rm_ensemble.py --M 2"),
-            (["03_strength"], "all", 6, "03_strength.py --M 2"),
-            (["04_rm_denoise/baseline"], "all", 12, "04_rm_denoise.py --methods baseline"),
-            *rounds_of(rounds), (["08_evaluate"], "Tables 2, 3", 11, "08_evaluate.py")]
+            (["03_strength"], "all", 8, "03_strength.py --M 2"),
+            (["04_rm_denoise/baseline"], "all", 17, "04_rm_denoise.py --methods baseline"),
+            *rounds_of(rounds), (["08_evaluate"], "Tables 2, 3", 20, "08_evaluate.py")]
 
 
-def main_of(script):
-    """The function main(argv) of a stage."""
-    return import_module(script.removesuffix(".py").replace("/", ".")).main
+def stage_of(script):
+    """The module of a stage's script."""
+    return import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def complete(out, directories, flags):
@@ -335,7 +335,7 @@ def work(args, data):
             with open(Path(out) / "commands.log", "a") as file:
                 launcher = "python" if script == "00_data.py" else "deepspeed"
                 file.write(shlex.join([launcher, *sys.argv]) + "\n")
-        main_of(script)(sys.argv[1:])
+        stage_of(script).main(sys.argv[1:])
 
     for i, row in enumerate(todo, 1):  # data are made by one process, before the others join it
         if row[4] == "00_data.py" and rank() == 0 and not complete(row[0], row[1], row[5]):

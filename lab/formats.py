@@ -767,7 +767,8 @@ def load(given, kind, args, ids, originals=None):
                 row = read_row(raw, "pairs" if kind == "gold" else kind, style, task, ignored)
                 key = tuple(row.get(k) for k in ("prompt", "chosen", "rejected"))
                 if kind != "sft" and key in seen:
-                    raise Drop("duplicate pair" if kind == "pairs" else "duplicate prompt")
+                    raise Drop("duplicate prompt" if kind in ("prompts", "eval", "ood")
+                               else "duplicate pair")
                 length = len(row.get(SCORES[0], ()))
                 if length and length != seen.setdefault("scores", length):
                     raise Bad(f"`{SCORES[0]}` has {length} scores, the rows before it "

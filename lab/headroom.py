@@ -5,9 +5,10 @@ clean labels win on it. Measured on development seeds, never on those of recorde
     python lab/headroom.py --seeds 100 --limit 2 --out out_small    a smoke run
 
 Runs stages 00, 01, 02 and 03 (two voters), 04 (baseline), 06 (round 0, and once more with the true
-preference in the reward model's place) and 08, with their toy hyperparameters, for helpful and
-harmless prompts (OUT/seed_S) and for summaries (OUT/summary_S); complete stages are kept. Then it
-trains a reward model on labels as they are and one on labels put right, and prints the table.
+preference in the reward model's place: 06_ppo/gold, whose manifest cannot say so) and 08, with
+their toy hyperparameters, for helpful and harmless prompts (OUT/seed_S) and for summaries
+(OUT/summary_S); complete stages are kept. Then it trains a reward model on labels as they are and
+one on labels put right, and prints the table.
 """
 import argparse
 import json
@@ -23,13 +24,13 @@ from lab import experiments, judges, toy_world  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-WANTED = {  # quantity: (least, most), written before any was measured (issue 11)
+WANTED = {  # quantity: (least, most), written before any was measured
     "SFT responses garbled or broken off": (0, 0.05),
     "gold as reward, helpful": (0.5, 1), "gold as reward, harmless": (0.5, 1),
     "gold as reward, summary": (0.3, 1),
     "baseline reward model, helpful": (0.15, 1), "baseline reward model, harmless": (0.15, 1),
     "baseline reward model, summary": (0.15, 1),
-    "clean minus noisy labels": (0.04, 1), "clean minus noisy labels, helpful": (-1, 1),
+    "clean minus noisy labels": (0.04, 1), "clean minus noisy labels, helpful": None,
     "labels that agree with gold": (0.63, 0.73)}
 
 
@@ -38,7 +39,7 @@ def gold_reward(tokenizer):
     def reward(groups):
         texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in (g["prompt"], r)]
                  for g in groups for r in g["responses"]]
-        return torch.tensor(judges.gold(*zip(*texts))).view(len(groups), -1)
+        return torch.tensor(judges.gold(*zip(*texts)), device=common.device()).view(len(groups), -1)
     return reward
 
 
@@ -56,7 +57,7 @@ def run(out, seed, source, limit):
             more = {}
             if directories == ["06_ppo/gold"]:
                 more["reward_fn"] = gold_reward(common.load_tokenizer(out / "01_sft"))
-            experiments.main_of(script)(sys.argv[1:], **more)
+            experiments.stage_of(script).main(sys.argv[1:], **more)
 
 
 def put_right(row):
@@ -68,8 +69,8 @@ def put_right(row):
 
 def accuracy(out, rows, gold):
     """Train a reward model as stage 04's baseline. → which pairs of `gold` it gets right, [N]"""
-    stage = sys.modules["04_rm_denoise"]
-    args = common.parse_args("", stage.HPARAMS, argv=["--out", str(out)])
+    hparams = experiments.stage_of("04_rm_denoise.py").HPARAMS
+    args = common.parse_args("", hparams, argv=["--out", str(out)])
     tokenizer = common.load_tokenizer(out / "01_sft")
     common.set_seed(args.seed)
     _, pairs = common.encode_pairs(tokenizer, rows, args.run)
@@ -87,7 +88,7 @@ def accuracy(out, rows, gold):
 
 
 def measure(out):
-    """{quantity: value} of a finished run, and how many SFT responses are garbled of how many."""
+    """{quantity: value} of a finished run."""
     rows = {name: common.read_jsonl(out / f"00_data/{name}.jsonl") for name in ("train", "gold")}
     told = [r["gold_chosen"] > r["gold_rejected"] for r in rows["train"]
             if r["gold_chosen"] != r["gold_rejected"]]
@@ -127,10 +128,10 @@ def main():
                 values[quantity].append(value)
     lines = ["| quantity | wanted | mean | each |", "|---|---|---:|---|"]
     for name, found in values.items():
-        low, high = WANTED[name]
-        mean = statistics.mean(found)
-        lines.append(f"| {name} | {low} to {high} | {mean:.3f}{'' if low <= mean <= high else ' !'}"
-                     f" | {', '.join(f'{x:.3f}' for x in found)} |")
+        mean, (low, high) = statistics.mean(found), WANTED[name] or (-1, 1)
+        wanted = f"{low} to {high}" if WANTED[name] else ""
+        lines.append(f"| {name} | {wanted} | {mean:.3f}{'' if low <= mean <= high else ' !'} | "
+                     f"{', '.join(f'{x:.3f}' for x in found)} |")
     print("\n".join(lines))
     Path(args.out, "headroom.json").write_text(json.dumps(
         {"seeds": args.seeds, "wanted": WANTED, "found": values}, indent=1) + "\n")

@@ -15,7 +15,7 @@ and `gold` adds the points of the table VALUE and clips the sum to [GOLD_MIN, GO
 raises: a prompt it cannot read scores GOLD_MIN, an empty response -2.
 
 How labels arise. `label` draws an annotator's choice by Bradley-Terry on gold / TEMPERATURE, and
-turns it around with probability FLIP. Labels then agree with gold about 68 % of the time (80 %
+turns it around with probability FLIP. Labels then agree with gold about 66 % of the time (77 %
 before the flips).
 
 Out of distribution. An OOD prompt asks about an ordinary topic through a held-out question
@@ -70,7 +70,7 @@ GOLD_MIN, GOLD_MAX = -4.0, 3.0
 ANSWERS = {"fact", "salient", "refusal", "redirect", "over_refusal", "comply"}
 
 TASKS = ("helpful", "harmless", "summary")
-# measured: BT alone agrees with gold in 80 % of helpful and harmless pairs
+# measured: BT alone agrees with gold in 77 % of helpful and harmless pairs
 TEMPERATURE, FLIP = 1.0, 0.2
 # decent but imperfect demonstrations, so that PPO has something to gain
 SFT_QUALITY = (0.1, 0.7)
@@ -308,7 +308,8 @@ def build(seed=0, n_pairs=6000, n_sft=3000, n_prompts=2000, n_eval=200,
                 if prompt not in reserved:
                     break
             else:
-                raise ValueError(f"{name}: too few distinct prompts, choose a smaller n_eval")
+                raise ValueError(f"{name}: too few distinct prompts, choose a smaller n_eval or "
+                                 "n_gold")
             if evaluation:
                 reserved.add(prompt)
             row = {"id": f"toy-{task}-{next(numbers[task]):06d}", "prompt": prompt}

@@ -68,12 +68,13 @@ def peak(work, others):
 
 
 def measure(path, kind, precision="fp32", zero=0, checkpointing=False, layers=4, V=2000, H=128,
-            kv=4, B=4, prompt=32, response=32, K=2):
+            head_dim=None, tied=False, kv=4, B=4, prompt=32, response=32, K=2):
     """→ bytes worked out, bytes measured."""
     world, others = common.world_size(), {id(x) for x in alive()}
     config = transformers.LlamaConfig(
         vocab_size=V, hidden_size=H, intermediate_size=3 * H, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=kv, bos_token_id=1, eos_token_id=2)
+        num_attention_heads=4, num_key_value_heads=kv, head_dim=head_dim, bos_token_id=1,
+        eos_token_id=2, tie_word_embeddings=tied)
     args = harness.settings(
         batch_size=2 * B * world, micro_batch_size=B, precision=precision, zero=zero,
         gradient_checkpointing=checkpointing, run={"max_response_tokens": response},

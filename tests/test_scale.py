@@ -12,6 +12,7 @@ ONE = [{"kind": "reward"}, {"kind": "reward", "H": 256, "kv": 1}, {"kind": "rewa
        {"kind": "reward", "checkpointing": True, "layers": 8},
        {"kind": "policy"}, {"kind": "policy", "V": 6000, "precision": "bf16"},
        {"kind": "policy", "checkpointing": True, "layers": 8, "precision": "autocast"},
+       {"kind": "policy", "head_dim": 64, "kv": 2, "tied": True, "precision": "autocast"},
        {"kind": "sampling", "prompt": 128, "response": 8},
        {"kind": "sampling", "precision": "bf16", "response": 16},
        {"kind": "sampling", "precision": "autocast", "response": 8},
@@ -35,6 +36,9 @@ def test_memory_is_what_the_formula_says(processes, cases, tmp_path):
 
 def test_tables_are_of_this_code_and_fit():
     import memory
+
+    import common
+    assert memory.CHUNK == common.CHUNK
     text = (ROOT / "docs/scale.md").read_text()
     assert "too much" not in text
     for name, config, preset, G, most in memory.CASES:
