@@ -157,7 +157,7 @@ def main():
     for row in rows:
         row.pop("lengths", None)
         base = next((r for r in rows if r["impl"] == "trl" and r["precision"] == row["precision"]
-                     and r.get("share") == row.get("share")), None)
+                     and r.get("share") == row.get("share") and r.get("K") == row.get("K")), None)
         if base and "seconds" in base and "seconds" in row:
             row["times_trl"] = row["pairs_per_s"] / base["pairs_per_s"]
     harness.report("rm", rows, [*columns, "times_trl"], args.out, pairs=args.pairs)
