@@ -152,7 +152,7 @@ def load_models(args, start, rm, prompts):
 
 
 def make_experience(groups, models, args, tokenizer, layout, reward_fn=None):
-    """What the update needs of a micro batch of groups. reward_fn(groups) → [B, K]: another's."""
+    """What the update needs of a micro batch. reward_fn(groups) → [B, K]: for the reward model."""
     actor, critic, reference, reward_model = models
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     batch = common.collate(groups, pad, layout)

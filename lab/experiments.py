@@ -97,12 +97,11 @@ def why(out, directories, command=""):
             return f"{name}/manifest.json is not what the stage wrote"
         if other := other_inputs(out, manifest):
             return f"was made from another {other[0]} than is here now"
-        if name == "00_data" and any(os.path.isabs(p) and os.path.exists(p)
-                                     for p in manifest["inputs"]):
-            given = [s for kind in ("preferences", "sft", "prompts", "ood_prompts")
-                     for s in manifest["run"][kind] or [] for s in sources.files(s)]
-            if new := [path for path in given if path not in manifest["inputs"]]:
-                return f"was made without {new[0]}, which is there now"
+        for kind in ("preferences", "sft", "prompts", "ood_prompts") * (name == "00_data"):
+            for files in map(sources.files, manifest["run"][kind] or []):
+                new = [path for path in files if path not in manifest["inputs"]]
+                if new and len(new) < len(files):  # else the project has moved, and its files
+                    return f"was made without {new[0]}, which is there now"
         for flag, value in asked.items():
             if str(manifest["hyperparameters"].get(flag, value)) != value:
                 return f"was made with another --{flag}"

@@ -15,8 +15,8 @@ and `gold` adds the points of the table VALUE and clips the sum to [GOLD_MIN, GO
 raises: a prompt it cannot read scores GOLD_MIN, an empty response -2.
 
 How labels arise. `label` draws an annotator's choice by Bradley-Terry on gold / TEMPERATURE, and
-turns it around with probability FLIP. Labels then agree with gold about 66 % of the time (77 %
-before the flips).
+turns it around with probability FLIP. Labels then agree with gold in about 68 % of helpful and
+harmless pairs and 66 % of summaries (80 and 76 % before the flips).
 
 Out of distribution. An OOD prompt asks about an ordinary topic through a held-out question
 template, or about a held-out topic through any template (summary: held-out names and events).
@@ -70,7 +70,7 @@ GOLD_MIN, GOLD_MAX = -4.0, 3.0
 ANSWERS = {"fact", "salient", "refusal", "redirect", "over_refusal", "comply"}
 
 TASKS = ("helpful", "harmless", "summary")
-# measured: BT alone agrees with gold in 77 % of helpful and harmless pairs
+# measured: BT alone agrees with gold in 80 % of helpful and harmless pairs, in 76 % of summaries
 TEMPERATURE, FLIP = 1.0, 0.2
 # decent but imperfect demonstrations, so that PPO has something to gain
 SFT_QUALITY = (0.1, 0.7)

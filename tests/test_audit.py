@@ -477,7 +477,7 @@ def test_a_directory_killed_before_its_last_rename_counts_as_complete(copy):
     assert (copy / "08_evaluate/manifest.json").exists()
 
 
-def test_the_users_own_files_and_model_are_inputs(small_run, tmp_path, capsys):
+def test_the_users_own_files_and_model_are_inputs(small_run, tmp_path, capsys, monkeypatch):
     """Rows of --preferences edited, a file put beside them, weights of a local --model changed: the
     driver runs what was made from them again, verify and replay name them; gone, they are not
     missed."""
@@ -513,6 +513,11 @@ def test_the_users_own_files_and_model_are_inputs(small_run, tmp_path, capsys):
     planned, notes = states("--out", out)
     assert planned["00_data"] == "run" and f"was made without {more}, which is there" in notes[0]
     more.unlink()
+    from lab import experiments
+    assert experiments.why(out, ["00_data"]) is None
+    with monkeypatch.context() as moved:  # a relative --preferences in a project that was moved
+        moved.setattr(experiments.sources, "files", lambda s: [str(tmp_path / "moved/rows.jsonl")])
+        assert experiments.why(out, ["00_data"]) is None
     with own.open("a") as file:
         file.write(json.dumps({"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}) + "\n")
     assert states("--out", out)[0]["00_data"] == "run"
