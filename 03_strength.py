@@ -5,7 +5,8 @@ the rows with `chosen_score_list`, `rejected_score_list`, `mean preference diffe
 `std preference difference` (sigma_hat) and `margin` (= mu_hat), the names of the authors' released
 data set. Also the numbers of Figure 1 (those columns), Figure 2 (groups.json), Figure 3
 (consistency.json) and Table 1 (table_1.jsonl: a wrong, an ambiguous and a strong pair); stage 09
-draws them.
+draws them. gold.jsonl is handed on: the embedded world's pairs with true labels, which 04, 05 and
+07 measure with and no stage trains on.
 
 A data set that brings its scores along (the released one) needs no ensemble.
 
@@ -128,11 +129,13 @@ def main(argv=None):
     args = common.parse_args(__doc__, HPARAMS, argv=argv)
     data = common.require(args, "00_data", "python 00_data.py")
     train, valid = (common.read_jsonl(data / f"{split}.jsonl") for split in ("train", "valid"))
+    gold = common.read_jsonl(path) if (path := data / "gold.jsonl").exists() else []
     scored = all("chosen_score_list" in row for row in train + valid)
     names = [] if scored else [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)]
     members = [common.require(args, name, "python 02_rm_ensemble.py") for name in names]
     common.setup(args)
-    run = common.begin(args, "03_strength", ["00_data/train.jsonl", "00_data/valid.jsonl", *names])
+    run = common.begin(args, "03_strength", ["00_data/train.jsonl", "00_data/valid.jsonl",
+                                             *["00_data/gold.jsonl"] * bool(gold), *names])
     tokenizer = None if scored else common.load_tokenizer(members[0])
     train, valid = (annotate(args, rows, tokenizer, members) for rows in (train, valid))
 
@@ -142,6 +145,7 @@ def main(argv=None):
     if common.rank() == 0:
         common.write_jsonl(run.dir / "train.jsonl", train)
         common.write_jsonl(run.dir / "valid.jsonl", valid)
+        common.write_jsonl(run.dir / "gold.jsonl", gold)
         common.write_jsonl(run.dir / "table_1.jsonl", table_1(train))
         common.write_text(run.dir / "groups.json", json.dumps(groups) + "\n")
         common.write_text(run.dir / "consistency.json", json.dumps(found) + "\n")

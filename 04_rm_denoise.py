@@ -1,9 +1,10 @@
 """Stage 04: reward models on denoised preferences (sections 2.4 and 2.5).
 
-Reads 03_strength/{train,valid}.jsonl and 01_sft/, writes 04_rm_denoise/NAME/ for each method: a
-reward model; train.jsonl, the pairs as trained on with their `margin` and `smoothing`; and
+Reads 03_strength/{train,valid,gold}.jsonl and 01_sft/, writes 04_rm_denoise/NAME/ for each method:
+a reward model; train.jsonl, the pairs as trained on with their `margin` and `smoothing`; and
 scores.jsonl, at every evaluation the rewards of the validation pairs and of as many training pairs,
-{"step", "valid": {id: [r_c, r_r]}, "train": ...}. The methods are settings of three switches:
+after each epoch those of gold.jsonl too: {"step", "valid": {id: [r_c, r_r]}, "train": ...,
+"gold": ...}. The methods are settings of three switches:
 
     --flip_below S   swap chosen and rejected of the pairs in the lowest share S of strength where
                      mu_hat < 0
@@ -86,7 +87,7 @@ def percentile_slice(rows, low, high):
     return [rows[i] for i in sorted(order[int(len(rows) * low / 100):int(len(rows) * high / 100)])]
 
 
-def train_method(args, name, rows, valid_rows, sft, tokenizer):
+def train_method(args, name, rows, valid_rows, gold, sft, tokenizer):
     """Train and save one reward model; its loss is Eq. 5 / 6 on the relabelled pairs."""
     common.set_seed(args.seed)  # every method starts from the same head and sees the same order
     run = common.begin(args, f"04_rm_denoise/{name}", ["03_strength", "01_sft"], keep=True)
@@ -104,14 +105,18 @@ def train_method(args, name, rows, valid_rows, sft, tokenizer):
     scores = run.state.setdefault("scores", [])
 
     def evaluate(step):
-        """Accuracy on the three validation sets and on training pairs, under their own labels."""
-        rewards = {"valid": rm.score(valid), "train": rm.score(watched)}        # [N, 2] each
+        """Accuracy on the three validation sets and on training pairs, under their own labels;
+        after each epoch on those of gold, if there are any."""
+        epoch, before = (int(args.epochs * s / steps) for s in (step, step - args.eval_every))
+        sets = {"valid": valid, "train": watched}
+        sets |= {"gold": gold} if gold and step and (epoch > before or step == steps) else {}
+        rewards = {split: rm.score(groups) for split, groups in sets.items()}   # [N, 2] each
         scores.append({"step": step} | {
             split: {g["id"]: [round(r, 4) for r in pair]
-                    for g, pair in zip(groups, rewards[split].tolist())}
-            for split, groups in (("valid", valid), ("train", watched))})
-        result = common.accuracies(rewards["valid"], valid_rows)
-        result["accuracy_train"] = common.accuracies(rewards["train"], watched)["accuracy_original"]
+                    for g, pair in zip(sets[split], r.tolist())} for split, r in rewards.items()})
+        result = common.accuracies(rewards.pop("valid"), valid_rows)
+        for split, r in rewards.items():
+            result[f"accuracy_{split}"] = common.accuracies(r, sets[split])["accuracy_original"]
         run.log(step, **result)
         return result
 
@@ -168,6 +173,8 @@ def main(argv=None):
             common.die(f"--{name} must lie between 0 and 1")
     common.setup(args)
     tokenizer = common.load_tokenizer(sft)
+    gold = common.encode(tokenizer, common.read_jsonl(strength / "gold.jsonl"),
+                         ("chosen", "rejected"), args.run)
     given = {k: getattr(args, k) for k in SWITCHES if getattr(args, k) is not None}
     values = args.hparams
     for method in args.methods:
@@ -176,7 +183,7 @@ def main(argv=None):
         low, high = switches.pop("percentile")
         rows = relabel(percentile_slice(train, low, high), **switches)
         name = args.name or directory_name(method, given)
-        train_method(args, name, rows, valid, sft, tokenizer)
+        train_method(args, name, rows, valid, gold, sft, tokenizer)
 
 
 if __name__ == "__main__":

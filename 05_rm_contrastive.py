@@ -2,8 +2,8 @@
 (Eqs. 7, 8).
 
 Reads 04_rm_denoise/LIKE/train.jsonl (the pairs as that method trains on them: baseline, or
-flip_margin, ...), 03_strength/valid.jsonl and 01_sft/, writes 05_rm_contrastive/NAME/ for each
-method. L_total = L_rm + beta L_cl; L_rm is Eqs. 5 and 6, on both views.
+flip_margin, ...), 03_strength/{valid,gold}.jsonl and 01_sft/, writes 05_rm_contrastive/NAME/ for
+each method. L_total = L_rm + beta L_cl; L_rm is Eqs. 5 and 6, on both views.
 
     simcse, swav             features of responses,  H = {f(x, y_c), f(x, y_r)}
     simcse_diff, swav_diff   preference differences,
@@ -149,12 +149,12 @@ def contrastive_loss(h, prototypes, args, name, step):
                      args.sinkhorn_iterations)
 
 
-def train_method(args, method, name, tokenizer, train, valid_rows, sft):
+def train_method(args, method, name, tokenizer, train, valid_rows, gold, sft):
     """Train and save one reward model with L_rm + beta L_cl."""
     common.set_seed(args.seed)
     like = f"04_rm_denoise/{args.like}"
     run = common.begin(args, f"05_rm_contrastive/{name}",
-                       [like, "03_strength/valid.jsonl", "01_sft"], keep=True)
+                       [like, "03_strength", "01_sft"], keep=True)
     if run is None:
         return
     valid_rows, valid = common.encode_pairs(tokenizer, valid_rows, args.run)
@@ -180,6 +180,8 @@ def train_method(args, method, name, tokenizer, train, valid_rows, sft):
             run.note(loss_rm=loss_rm, loss_cl=loss_cl, grad_norm=rm.step())
         if run.due(step):
             result = run.log(step, **common.accuracies(rm.score(valid), valid_rows))
+    if gold:
+        result["accuracy_gold"] = common.accuracies(rm.score(gold), gold)["accuracy_original"]
     rm.save()
     result |= write_features(run, {args.like: args.out + "/" + like, name: run.dir}, valid,
                              tokenizer)
@@ -226,7 +228,7 @@ def main(argv=None):
              "soft labels of this model of stage 04 (default: baseline)")
         flag("--name", help="name of the output directory (with one method)")
     args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
-    common.require(args, "03_strength", "python 03_strength.py")
+    strength = common.require(args, "03_strength", "python 03_strength.py")
     sft = common.require(args, "01_sft", "python 01_sft.py")
     like = common.require(args, f"04_rm_denoise/{args.like}", "python 04_rm_denoise.py")
     if args.name and len(args.methods) > 1:
@@ -237,10 +239,11 @@ def main(argv=None):
     args.hparams["like"] = args.like
     tokenizer = common.load_tokenizer(sft)
     _, train = common.encode_pairs(tokenizer, common.read_jsonl(like / "train.jsonl"), args.run)
-    valid = common.read_jsonl(f"{args.out}/03_strength/valid.jsonl")
+    valid, gold = (common.read_jsonl(strength / f"{name}.jsonl") for name in ("valid", "gold"))
+    gold = common.encode(tokenizer, gold, ("chosen", "rejected"), args.run)
     for method in args.methods:
         name = args.name or (method if args.like == "baseline" else f"{method}_{args.like}")
-        train_method(args, method, name, tokenizer, train, valid, sft)
+        train_method(args, method, name, tokenizer, train, valid, gold, sft)
 
 
 if __name__ == "__main__":

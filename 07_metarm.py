@@ -251,6 +251,8 @@ def main(argv=None):
     _, pairs = common.encode_pairs(tokenizer, common.read_jsonl(strength / "train.jsonl"), args.run)
     valid_rows, valid = common.encode_pairs(
         tokenizer, common.read_jsonl(strength / "valid.jsonl"), args.run)
+    gold = common.encode(tokenizer, common.read_jsonl(strength / "gold.jsonl"),
+                         ("chosen", "rejected"), args.run)
     model = common.load_reward_model(sft, args, head_seed=args.seed)
     rm = common.RewardEngine(model, run, tokenizer, pairs, common.steps_for(args, len(pairs)))
     if not run.done:
@@ -269,6 +271,8 @@ def main(argv=None):
         return result
 
     result = train(run, rm, pairs, meta, evaluate)
+    if gold:
+        result["accuracy_gold"] = common.accuracies(rm.score(gold), gold)["accuracy_original"]
     rm.save()
     rewards["vanilla"] = common.score_by(vanilla, held, args, tokenizer)
     if common.rank() == 0:

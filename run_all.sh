@@ -5,7 +5,7 @@
 #   bash run_all.sh --preset paper --gpus 8    Llama-2-7B on HH-RLHF
 #   bash run_all.sh --preferences my.jsonl --model my/model --out out_mine
 #   bash run_all.sh clean --preferences my.jsonl --model my/model    a verdict on each pair
-#   bash run_all.sh experiments [--seeds 3]    every experiment of the paper (lab/experiments.py)
+#   bash run_all.sh experiments [--seeds 5]    every experiment of the paper (lab/experiments.py)
 #   bash run_all.sh test                       the test suite, in the same environment
 #   bash run_all.sh verify                     every hash of a run, from its last stage to the data
 #   bash run_all.sh replay --stage NAME        a stage again, elsewhere, hash by hash

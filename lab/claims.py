@@ -4,13 +4,14 @@ The claims, the quantities and the criteria stand in claims.toml. They were writ
 experiments were run (git log has the commit) and are not changed after; a criterion that proves
 ill-posed is marked and a second one is put beside it, with the reason and the date. Each quantity
 has a 95 % interval: a bootstrap over the seeds and, inside a seed, over the pairs or prompts it was
-measured on. A claim **holds** when the interval lies inside the criterion, **fails** when it lies
+measured on; where it is one number a seed, Student's t over the seeds. A claim **holds** when the interval lies inside the criterion, **fails** when it lies
 outside, and is **open** when it crosses it or fewer than three seeds were run.
 """
 import tomllib
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 from lab import figures
 from lab.base import progress
@@ -25,15 +26,17 @@ METHODS = [name for name in figures.METHODS if name != "baseline"]
 # for the value itself,
 # n indices drawn with replacement for a bootstrap replicate.
 
-def accuracy(curve, i, at=-1, kind="judge"):
-    """Accuracy on the pairs i at one evaluation."""
-    return curve["right"][kind][at][i].mean()
+def truth(curves):
+    """Where accuracy is measured: the pairs labelled by gold, else the validation pairs as the
+    judge labels them."""
+    return "gold" if "gold" in next(iter(curves.values()))["right"] else "judge"
 
 
-def final(curves, pick, kind="judge"):
+def final(curves, pick, kind=None):
     """{model: its accuracy at the end of training}, all on the same drawn pairs."""
+    kind = kind or truth(curves)
     i = pick(next(iter(curves.values()))["right"][kind].shape[1])
-    return {name: accuracy(c, i, kind=kind) for name, c in curves.items()}
+    return {name: c["right"][kind][-1][i].mean() for name, c in curves.items()}
 
 
 def wins(verdicts, policy, opponent, i):
@@ -107,20 +110,16 @@ def margin_helps(d, pick):
 
 def late_change(curve, i, kind):
     """Accuracy at the end of the third epoch minus that at the end of the first."""
-    return accuracy(curve, i, -1, kind) - accuracy(curve, i, figures.epoch_end(curve["step"], 1),
-                                                   kind)
+    right, steps = curve["right"][kind], curve["gold_step" if kind == "gold" else "step"]
+    return right[-1][i].mean() - right[figures.epoch_end(steps, 1)][i].mean()
 
 
 def late_changes(d, pick):
-    """Late change on the judge's and the consistent set: (baseline's, mean of the denoising
-    methods')."""
-    change = {}
-    for kind in ("judge", "consistent"):
-        i = pick(d["figure_08"]["baseline_3_epochs"]["right"][kind].shape[1])
-        for name in ("baseline", *figures.DENOISING):
-            change.setdefault(name,
-                              []).append(late_change(d["figure_08"][f"{name}_3_epochs"], i, kind))
-    return np.mean(change["baseline"]), np.mean([change[name] for name in figures.DENOISING])
+    """Late change: (baseline's, mean of the denoising methods')."""
+    curves, kind = d["figure_08"], truth(d["figure_08"])
+    i = pick(curves["baseline_3_epochs"]["right"][kind].shape[1])
+    return late_change(curves["baseline_3_epochs"], i, kind), np.mean(
+        [late_change(curves[f"{name}_3_epochs"], i, kind) for name in figures.DENOISING])
 
 
 def less_overfitting(d, pick):
@@ -180,12 +179,18 @@ def simcse_is_best(d, pick):
     return leads[0] - leads[1:].max()
 
 
-def wider_differences(d, pick):
-    rises = []
-    for held in d["figure_16"].values():
-        i = pick(len(held["theta"]["J"]))
-        rises.append(held["theta"]["J"][i].mean() - held["vanilla"]["J"][i].mean())
-    return np.mean(rises)
+def wider_differences(where):
+    def measure(d, pick):
+        rises = []
+        for held in d["figure_16"].values():
+            i = pick(len(held[where]["J"]))
+            rises.append(held[where]["J"][i].mean() - held["vanilla"]["J"][i].mean())
+        return np.mean(rises)
+    return measure
+
+
+def drop_by_first_order(d, pick):
+    return np.mean([row["drop"] / row["first_order"] for row in d["drop"].values()])
 
 
 def tasks(d, kind="eval_"):
@@ -248,8 +253,8 @@ def less_out_of_distribution(d, pick):
 
 def later_epochs(kind):
     def measure(d, pick):
-        curve = d["figure_19"]["baseline_3_epochs"]
-        return late_change(curve, pick(curve["right"][kind].shape[1]), kind)
+        curve, on = d["figure_19"]["baseline_3_epochs"], kind or truth(d["figure_19"])
+        return late_change(curve, pick(curve["right"][on].shape[1]), on)
     return measure
 
 
@@ -314,10 +319,11 @@ MEASURES = {
     "C10b": lambda d, pick: late_changes(d, pick)[0],
     "C10c": lambda d, pick: late_changes(d, pick)[1], "C11": noisy_set_leaders,
     "C12": steadier_kl, "C13": all_win_harmless, "C14": less_on_helpful, "C15": simcse_separates,
-    "C16": steadier_reward, "C17": simcse_is_best, "C18": wider_differences,
+    "C16": steadier_reward, "C17": simcse_is_best, "C18": wider_differences("theta"),
+    "C18b": wider_differences("theta_prime"), "C18c": drop_by_first_order,
     "C19": first_rounds_rise, "C20": falls_after_best, "C21": best_beats_vanilla,
     "C22a": best_beats_vanilla_ood, "C22b": less_out_of_distribution,
-    "C23a": later_epochs("train"), "C23b": later_epochs("original"), "C24": inflation,
+    "C23a": later_epochs("train"), "C23b": later_epochs(None), "C24": inflation,
     "C24b": score_rise, "C24c": gap_ratio, "C25a": weak_end_costs, "C25b": strong_end_keeps,
     "C26": sooner_extreme, "C27": differ_on_weak, "C28a": equation_17("whole"),
     "C28b": equation_17("fixed")}
@@ -341,11 +347,19 @@ def verdict(low, high, criterion, seeds):
 
 def interval(measure, seeds, rng, replicates=REPLICATES):
     """95 % percentile bootstrap interval of the mean over seeds: a replicate draws seeds with
-    replacement and, inside each, pairs or prompts with replacement. measure(d, pick) → number;
-    seeds: [d]. → (low, high)."""
+    replacement and, inside each, pairs or prompts with replacement. Where the measure draws none,
+    that of Student's t over the seeds. measure(d, pick) → number; seeds: [d]. → (low, high)."""
+    drawn = []
+
     def draw(n):
+        drawn.append(n)
         return rng.integers(n, size=n)
 
+    values = [measure(d, draw) for d in seeds]
+    if not drawn:
+        half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values) \
+            if len(values) > 1 else np.nan
+        return float(np.mean(values) - half), float(np.mean(values) + half)
     means = [
         np.mean([measure(seeds[s], draw) for s in draw(len(seeds))]) for _ in range(replicates)]
     # 1e-19 is no difference

@@ -2,7 +2,7 @@
 through both. Each line is a command that can be given by hand, with `--out DIR` behind it.
 
     bash run_all.sh                                    the pipeline, which asks `plan` what is to do
-    bash run_all.sh experiments --seeds 3              every experiment, then 09_report.py
+    bash run_all.sh experiments --seeds 5              every experiment, then 09_report.py
     python lab/experiments.py --dry_run                print the experiments' commands
 
 Experiments run in one launch, which saves the start-up of some seventy; what is complete is
@@ -219,9 +219,9 @@ def part(low, high, purpose):
             f"--epochs {100 / (high - low):.4g} --name {name}")
 
 
-def pairs_table(rounds, usual):
+def pairs_table(rounds, usual, alpha):
     """The pipeline without its page, and every experiment, in order; `usual`: stage 07's eta."""
-    strengths = [f"{usual * factor:g}" for factor in (0.1, 1, 10, 100)]  # of eta, and of lambda
+    strengths = [f"{x:g}" for x in sorted({alpha, *(usual * f for f in (0.1, 1, 10, 100))})]
     models = [*(f"04_rm_denoise/{name}" for name in METHODS),
               *(f"05_rm_contrastive/{name}" for name in CONTRASTIVE),
               *(f"07_metarm/round_{r}" for r in range(1, rounds + 1))]
@@ -297,9 +297,9 @@ def listed(args, data):
     column = CHOICES["preset"].index(args.preset)
     rounds = args.rounds or (2 if limited else 5)
     words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250, "n": 4 if limited else 64}
-    eta = import_module("07_metarm").HPARAMS["eta"][column]
+    eta, alpha = (import_module("07_metarm").HPARAMS[name][column] for name in ("eta", "lr"))
     for seed in range(args.seeds):
-        runs = [(f"seed_{seed}", pairs_table(rounds, eta))]
+        runs = [(f"seed_{seed}", pairs_table(rounds, eta, alpha))]
         if toy and "--preferences" not in data:
             runs.append((f"summary_{seed}", summary_table(rounds)))
         for run, table in runs:
@@ -361,7 +361,7 @@ def main():
     flag("--M", type=int, help="clean: reward models that vote (default: ten)")
     flag("--folds", type=int, help="clean: each pair is scored by models that did not train on it")
     flag("--texts", action="store_true", help="clean: show texts in doubtful.html")
-    flag("--seeds", type=int, help="seeds 0 to N-1 (default: 3)")
+    flag("--seeds", type=int, help="seeds 0 to N-1 (default: 5)")
     flag("--rounds", type=int, help="MetaRM rounds (pipeline: 3, 4 in paper, 1 with --limit; "
          "experiments: 5, 2 with --limit)")
     flag("--preset", choices=CHOICES["preset"], help="as for 00_data.py")
@@ -378,7 +378,7 @@ def main():
         die("--M, --folds and --texts go with clean")
     if args.plan and args.seeds is not None:
         die("--seeds goes with experiments")
-    args.seeds = 3 if args.seeds is None else args.seeds
+    args.seeds = 5 if args.seeds is None else args.seeds
     if args.seeds < 1 or not args.plan and ("--seed" in data or args.start or args.to):
         die("experiments take --seeds N, for seeds 0 to N-1, and neither --from nor --to")
     if args.rounds is not None and args.rounds < (not args.plan):

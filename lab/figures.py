@@ -61,17 +61,21 @@ def read(path):
 @cache
 def curve(run_path, model):
     """Training of one model of stage 04 → {"step": [S], "train_loss": [S], "right": {set:
-    [S][pairs] 0 or 1}}; the sets are the three validation sets and "train"."""
+    [S][pairs] 0 or 1}}; the sets are the three validation sets, "train" and, at the steps of
+    "gold_step" only, "gold"."""
     scores = rows(run_path / "04_rm_denoise" / model / "scores.jsonl")
     valid = [row for row in rows(run_path / "03_strength/valid.jsonl")
              if row["id"] in scores[0]["valid"]]
     right = [common.correct(torch.tensor([s["valid"][row["id"]] for row in valid]), valid)
              for s in scores]
     train = np.array([list(s["train"].values()) for s in scores]) @ [1, -1]        # [S, N]
-    return {"step": [s["step"] for s in scores],
+    gold = {s["step"]: (np.array(list(s["gold"].values())) @ [1, -1] > 0).astype(int).tolist()
+            for s in scores if "gold" in s}
+    return {"step": [s["step"] for s in scores], "gold_step": list(gold),
             "train_loss": np.logaddexp(0, -train).mean(1).round(4).tolist(),
             "right": {name: [r[name].int().tolist() for r in right] for name in right[0]}
-            | {"train": (train > 0).astype(int).tolist()}}
+            | {"train": (train > 0).astype(int).tolist()}
+            | ({"gold": list(gold.values())} if gold else {})}
 
 
 def curves(run, *models):
@@ -376,6 +380,7 @@ def kinds_of(seeds):
 
 def final_table(seeds):
     models, kinds = [m for m in seeds[0] if "right" in seeds[0][m]], kinds_of(seeds)
+    kinds += ["gold"] * all("gold" in d[m]["right"] for d in seeds for m in models)
     return [["model", *(f"accuracy, {k}" for k in kinds)]] + [
         [label(m), *(cell([a[-1] for a in accuracy(seeds, m, k)[1]]) for k in kinds)]
         for m in models]
