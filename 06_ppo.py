@@ -128,9 +128,8 @@ def paths(args):
         if not common.is_name(name) or name.startswith("round_"):
             common.die(f"--name {name} cannot be a directory of 06_ppo (round_r is --round's)")
     for path in (start, rm):
-        number = path.rpartition("round_")[2]
-        command = f"python {path.split('/')[0]}.py" + f" --round {number}" * number.isdigit()
-        common.require(args, path, command)
+        stage, _, number = path.replace("/round_", "/").partition("/")
+        common.require(args, path, f"python {stage}.py" + f" --round {number}" * number.isdigit())
     return f"06_ppo/{name}", start, rm
 
 
@@ -152,7 +151,7 @@ def load_models(args, start, rm, prompts):
 
 
 def make_experience(groups, models, args, tokenizer, layout, reward_fn=None):
-    """What the update needs of a micro batch. reward_fn(groups) → [B, K]: for the reward model."""
+    """What the update needs of a micro batch. reward_fn → [B, K], instead of the reward model."""
     actor, critic, reference, reward_model = models
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     batch = common.collate(groups, pad, layout)
@@ -165,7 +164,7 @@ def make_experience(groups, models, args, tokenizer, layout, reward_fn=None):
         ref_logps = common.token_logps(logits, ids, args.temperature)           # [B, K, T]
         sft_logps = common.token_logps(logits, ids)  # at temperature 1, for the perplexity
         values = critic(batch, values=True)[0].float()                          # [B, K, T]
-        scores = reward_fn(full) if reward_fn else \
+        scores = reward_fn(full, args, tokenizer) if reward_fn else \
             reward_model(common.collate(full, pad, layout))[0]
     cut = torch.tensor([[r[-1] != eos for r in g["responses"]] for g in groups]).to(scores.device)
     return {"batch": batch, "mask": batch["mask"], "logps": logps, "ref_logps": ref_logps,
@@ -246,19 +245,21 @@ def rollout_metrics(experience, gold):
 
 
 def main(argv=None, reward_fn=None):
+    """reward_fn: of lab/ppo_reward.py, with the directories that it reads as `inputs`."""
     def add_flags(flag):
         flag("--round", type=int, default=0, help="MetaRM round; 0 is vanilla PPO (default)")
         flag("--rm", metavar="NAME", help="PPO under this reward model of stage 04, 05 or 07")
         flag("--start", metavar="NAME", help="with --rm: policy to start from (default: SFT)")
         flag("--name", help="with --rm: name of the output directory (default: NAME)")
     args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
-    data = common.require(args, "00_data", "python 00_data.py")
-    sft = common.require(args, "01_sft", "python 01_sft.py")
+    data, sft = (common.require(args, s, f"python {s}.py") for s in ("00_data", "01_sft"))
     if args.batch_size % args.minibatch_size:
         common.die("--batch_size must be a multiple of --minibatch_size")
     name, start, rm = paths(args)
+    args.hparams |= {"reward": reward_fn.__name__} if reward_fn else {}
     common.setup(args)
-    run = common.begin(args, name, dict.fromkeys(["00_data/prompts.jsonl", "01_sft", start, rm]))
+    read = ["00_data/prompts.jsonl", "01_sft", start, rm, *getattr(reward_fn, "inputs", ())]
+    run = common.begin(args, name, dict.fromkeys(read), script=reward_fn and "lab/ppo_reward.py")
     tokenizer, rows = common.load_tokenizer(sft), common.read_jsonl(data / "prompts.jsonl")
     prompts = common.encode(tokenizer, rows, [], args.run)
     texts = {row["id"]: row["prompt"] for row in rows}
@@ -285,8 +286,7 @@ def main(argv=None, reward_fn=None):
         answers = [(texts[g["id"]], tokenizer.decode(r, skip_special_tokens=True))
                    for g in groups for r in g["responses"]]
         values = rollout_metrics(experience, gold and gold(*zip(*answers)))
-        history.append(values)
-        run.note(reward=values["reward"])
+        history.append(values), run.note(reward=values["reward"])
         run.log(step, quiet=not run.due(step), **values, reward_std=std)
         run.due(step) and answer(step)
     common.save_model(actor, run.dir, tokenizer)

@@ -221,7 +221,8 @@ def sample_meta(args, policy_dir, rows, run, tokenizer):
             for g, r in zip(groups, responses)]
 
 
-def main(argv=None):
+def main(argv=None, train=train, variant=None):
+    """`train` is Algorithm 1 unless lab/metarm_variants.py gives another."""
     def add_flags(flag):
         flag("--round", type=int, default=1, help="r >= 1: samples of round r - 1 (1)")
         flag("--name", help="name of the output directory (default: round_R)")
@@ -238,8 +239,10 @@ def main(argv=None):
     source = "01_sft" if r == 1 and args.first_samples == "sft" else f"06_ppo/round_{r - 1}"
     policy = common.require(args, source, f"python 06_ppo.py --round {r - 1}")
     common.setup(args)
+    args.hparams |= {"variant": variant} if variant else {}
     run = common.begin(args, f"07_metarm/{args.name or f'round_{r}'}", dict.fromkeys([
-        "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", source]))
+        "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", source]),
+        script=variant and "lab/metarm_variants.py")
     tokenizer = common.load_tokenizer(sft)
     rows = common.read_jsonl(data / "prompts.jsonl")  # in the sources' order: draw, anew each round
     count = min(args.meta_prompts, 16 * (args.limit or args.meta_prompts), len(rows))
@@ -257,15 +260,18 @@ def main(argv=None):
     rm = common.RewardEngine(model, run, tokenizer, pairs, common.steps_for(args, len(pairs)))
     if not run.done:
         run.state["J_initial"] = difference_loss(rm.score(held)).item()
-    rewards = {}                                                                # [m, k] each
+    rewards, rise = {}, {}                                                      # [m, k] each
 
     def evaluate(step, X_s):
-        """J on held-back samples at theta and, after one more ascent, at theta'; accuracies."""
-        rewards["theta"] = rm.score(held)
+        """J on held-back samples at theta and, after one more ascent, at theta'; how far J of X_s
+        rises between them, and by how much to first order; accuracies."""
+        rewards["theta"], before = rm.score(held), difference_loss(rm.score(X_s))
         backward(rm, difference_loss, X_s)
+        squares = [safe_get_full_grad(p).double().square().sum() for p in rm.engine.parameters()]
         theta = ascend(rm.engine, args.eta)
-        rewards["theta_prime"] = rm.score(held)
+        rewards["theta_prime"], after = rm.score(held), difference_loss(rm.score(X_s))
         restore(rm.engine, theta)
+        rise.update(measured=(after - before).item(), first_order=args.eta * sum(squares).item())
         result = common.accuracies(rm.score(valid), valid_rows)
         run.log(step, **{f"J_{k}": difference_loss(x).item() for k, x in rewards.items()}, **result)
         return result
@@ -276,7 +282,7 @@ def main(argv=None):
     rm.save()
     rewards["vanilla"] = common.score_by(vanilla, held, args, tokenizer)
     if common.rank() == 0:
-        found = {name: held_back(x) for name, x in rewards.items()}
+        found = {name: held_back(x) for name, x in rewards.items()} | {"rise": rise}
         common.write_text(run.dir / "held_back.json", json.dumps(found) + "\n")
         if args.equation_17:
             found = measure_equation_17(args, vanilla, pairs, groups, tokenizer)

@@ -1,10 +1,11 @@
 """Not in the paper: how far the best of n responses by a reward model is the best by the judge.
 
-n responses of pi^SFT to some prompts of each in-distribution evaluation set; the judge's score of
-each, and its reward under every reward model named. Writes 08_best_of_n/best_of_n.jsonl, rows
-{"set", "id", "judge": [n], "rewards": {model: [n]}}.
+n responses of a policy to some prompts of each in-distribution evaluation set; the judge's score of
+each, and its reward under every reward model named. Writes 08_best_of_n/best_of_n.jsonl, or
+08_best_of_n_POLICY's, rows {"set", "id", "judge": [n], "rewards": {model: [n]}}.
 
     deepspeed lab/best_of_n.py --n 64 --models 04_rm_denoise/baseline 07_metarm/round_1
+    deepspeed lab/best_of_n.py --n 16 --policy round_0     # on the shifted policy's own responses
 """
 import sys
 from pathlib import Path
@@ -30,25 +31,29 @@ HPARAMS = {
 
 def main(argv=None):
     def add_flags(flag):
+        flag("--policy", metavar="NAME", help="of 06_ppo (default: pi^SFT)")
         flag("--judge", choices=("gold", "ensemble"), help="as in stage 08")
         flag("--models", nargs="+", metavar="DIR", help="reward models (default: all that are "
              "finished in 04_rm_denoise, 05_rm_contrastive and 07_metarm)")
     args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
     data = common.require(args, "00_data", "python 00_data.py")
+    source = f"06_ppo/{args.policy}" if args.policy else "01_sft"
     sft = common.require(args, "01_sft", "python 01_sft.py")
+    answers = common.require(args, source, "python 06_ppo.py")
     names = args.models or [name for name in common.finished(args.out)
                             if name.startswith(("04_", "05_", "07_"))]
     paths = {name: common.require(args, name, f"python {name.split('/')[0]}.py") for name in names}
     kind, voters = judges.choose(args)
     common.setup(args)
-    run = common.begin(args, "08_best_of_n", ["00_data", "01_sft", *names, *voters],
+    name = "08_best_of_n" + (f"_{args.policy}" if args.policy else "")
+    run = common.begin(args, name, dict.fromkeys(["00_data", "01_sft", source, *names, *voters]),
                        script="lab/best_of_n.py")
     tokenizer, n = common.load_tokenizer(sft), args.n
     score = judges.scorer(args, tokenizer, voters)
     rows = [{**row, "set": f.stem} for f in sorted(data.glob("eval_*.jsonl"))
             for row in common.read_jsonl(f)[:args.prompts]]
     encoded = common.encode(tokenizer, rows, [], args.run)
-    policy = common.frozen(common.load_policy(sft, args), args)
+    policy = common.frozen(common.load_policy(answers, args), args)
     few = SimpleNamespace(**vars(args) | {"generate_batch_size": -(-args.generate_batch_size // n)})
     ids = common.generate(policy, tokenizer, [g["prompt"] for g in encoded], n, few, args.seed + 1)
     texts = [text for r in ids for text in tokenizer.batch_decode(r, skip_special_tokens=True)]

@@ -4,8 +4,9 @@ The claims, the quantities and the criteria stand in claims.toml. They were writ
 experiments were run (git log has the commit) and are not changed after; a criterion that proves
 ill-posed is marked and a second one is put beside it, with the reason and the date. Each quantity
 has a 95 % interval: a bootstrap over the seeds and, inside a seed, over the pairs or prompts it was
-measured on; where it is one number a seed, Student's t over the seeds. A claim **holds** when the interval lies inside the criterion, **fails** when it lies
-outside, and is **open** when it crosses it or fewer than three seeds were run.
+measured on; where it is one number a seed, Student's t over the seeds. A claim **holds** when the
+interval lies inside the criterion, **fails** when it lies outside, and is **open** when it crosses
+it or fewer than three seeds were run.
 """
 import tomllib
 from pathlib import Path
@@ -189,8 +190,9 @@ def wider_differences(where):
     return measure
 
 
-def drop_by_first_order(d, pick):
-    return np.mean([row["drop"] / row["first_order"] for row in d["drop"].values()])
+def rise_by_first_order(d, pick):
+    return np.mean([held["rise"]["measured"] / held["rise"]["first_order"]
+                    for held in d["figure_16"].values()])
 
 
 def tasks(d, kind="eval_"):
@@ -320,7 +322,7 @@ MEASURES = {
     "C10c": lambda d, pick: late_changes(d, pick)[1], "C11": noisy_set_leaders,
     "C12": steadier_kl, "C13": all_win_harmless, "C14": less_on_helpful, "C15": simcse_separates,
     "C16": steadier_reward, "C17": simcse_is_best, "C18": wider_differences("theta"),
-    "C18b": wider_differences("theta_prime"), "C18c": drop_by_first_order,
+    "C18b": wider_differences("theta_prime"), "C18c": rise_by_first_order,
     "C19": first_rounds_rise, "C20": falls_after_best, "C21": best_beats_vanilla,
     "C22a": best_beats_vanilla_ood, "C22b": less_out_of_distribution,
     "C23a": later_epochs("train"), "C23b": later_epochs(None), "C24": inflation,

@@ -222,7 +222,13 @@ def part(low, high, purpose):
 def pairs_table(rounds, usual, alpha):
     """The pipeline without its page, and every experiment, in order; `usual`: stage 07's eta."""
     strengths = [f"{x:g}" for x in sorted({alpha, *(usual * f for f in (0.1, 1, 10, 100))})]
-    models = [*(f"04_rm_denoise/{name}" for name in METHODS),
+    served = {"joint": strengths, "theta_prime": [f"{usual:g}", f"{usual * 10:g}"],
+              "weights": ["0.3", "1"]}  # whose eta is another thing: one std is one e-fold
+    variants = [(variant, eta) for variant, etas in served.items() for eta in etas]
+    shifted = ["04_rm_denoise/baseline", "07_metarm/round_1",
+               *(f"07_metarm/{v}_{eta}" for v, eta in [*(("eta", x) for x in strengths), *variants])]
+    models = [*(f"02_rm_ensemble/rm_{m:02d}" for m in range(10)),
+              *(f"04_rm_denoise/{name}" for name in METHODS),
               *(f"05_rm_contrastive/{name}" for name in CONTRASTIVE),
               *(f"07_metarm/round_{r}" for r in range(1, rounds + 1))]
     return [
@@ -252,14 +258,21 @@ def pairs_table(rounds, usual, alpha):
         *(([f"06_ppo/more_{r}"], "more PPO, same reward model", 45, f"06_ppo.py --rm baseline "
            f"--start {f'more_{r - 1}' if r > 1 else 'round_0'} --name more_{r} --seed 9{{seed}}{r}")
           for r in range(1, min(3, rounds) + 1)),
-        # matched strength, lambda = eta: both are the factor of the same gradient of J
-        *(([f"07_metarm/eta_{eta}"], "MetaRM beside L - lambda J", 30, f"07_metarm.py --round 1 "
-           f"--eta {eta} --equation_17 0 --name eta_{eta}") for eta in strengths),
-        *(([f"07_metarm/joint_{lam}"], "MetaRM beside L - lambda J", 30,
-           f"lab/joint.py --round 1 --lam {lam} --name joint_{lam}") for lam in strengths),
-        (["06_ppo/joint"], "MetaRM beside L - lambda J", 45, f"06_ppo.py --rm joint_{usual:g} "
-         "--start round_0 --name joint --seed 9{seed}1"),
-        (["08_best_of_n"], "best of n under each reward model", 150,
+        *(([f"07_metarm/eta_{eta}"], "MetaRM's eta", 30, f"07_metarm.py --round 1 --eta {eta} "
+           f"--equation_17 0 --name eta_{eta}") for eta in strengths),
+        *(([f"07_metarm/{variant}_{eta}"], "MetaRM's variants", 30,
+           f"lab/metarm_variants.py --variant {variant} --round 1 --eta {eta} --equation_17 0 "
+           f"--name {variant}_{eta}") for variant, eta in variants),
+        *(([f"06_ppo/{variant}"], "MetaRM's variants", 45, f"06_ppo.py --rm {variant}_{eta} "
+           f"--start round_0 --name {variant} --seed 9{{seed}}1") for variant, eta in (
+               ("joint", f"{usual:g}"), ("theta_prime", f"{usual:g}"), ("weights", "1"))),
+        (["08_best_of_n_round_0"], "who orders the shifted policy's samples", 30,
+         f"lab/best_of_n.py --policy round_0 --n {{few}} --models {' '.join(shifted)}"),
+        (["06_ppo/metarm"], "over-optimisation", 40,
+         "06_ppo.py --rm round_1 --kl_beta 0 --name metarm"),
+        *(([f"06_ppo/{reward}"], "over-optimisation", 90, f"lab/ppo_reward.py --reward {reward} "
+           f"--rm baseline --kl_beta 0 --name {reward}") for reward in ("mean", "mean_std")),
+        (["08_best_of_n"], "best of n under each reward model", 200,
          f"lab/best_of_n.py --n {{n}} --models {' '.join(models)}"),
         (["08_evaluate"], "Figures 10, 13, 15, Tables 2, 3", 60, "08_evaluate.py")]
 
@@ -296,7 +309,8 @@ def listed(args, data):
     toy, limited, todo = args.preset == "toy", bool(args.limit), []
     column = CHOICES["preset"].index(args.preset)
     rounds = args.rounds or (2 if limited else 5)
-    words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250, "n": 4 if limited else 64}
+    words = {"often": 5 if toy else 100, "seldom": 10 if toy else 250, "n": 4 if limited else 64,
+             "few": 4 if limited else 16}
     eta, alpha = (import_module("07_metarm").HPARAMS[name][column] for name in ("eta", "lr"))
     for seed in range(args.seeds):
         runs = [(f"seed_{seed}", pairs_table(rounds, eta, alpha))]

@@ -5,9 +5,9 @@ clean labels win on it. Measured on development seeds, never on those of recorde
     python lab/headroom.py --seeds 100 --limit 2 --out out_small    a smoke run
 
 Runs stages 00, 01, 02 and 03 (two voters), 04 (baseline), 06 (round 0, and once more with the true
-preference in the reward model's place: 06_ppo/gold, whose manifest cannot say so) and 08, with
-their toy hyperparameters, for helpful and harmless prompts (OUT/seed_S) and for summaries
-(OUT/summary_S); complete stages are kept. Then it trains a reward model on labels as they are and
+preference in the reward model's place, lab/ppo_reward.py) and 08, with their toy hyperparameters,
+for helpful and harmless prompts (OUT/seed_S) and for summaries (OUT/summary_S); complete stages are
+kept. Then it trains a reward model on labels as they are and
 one on labels put right, and prints the table.
 """
 import argparse
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
-from lab import experiments, judges, toy_world  # noqa: E402
+from lab import experiments, toy_world  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -34,19 +34,11 @@ WANTED = {  # quantity: (least, most), written before any was measured
     "labels that agree with gold": (0.63, 0.73)}
 
 
-def gold_reward(tokenizer):
-    """→ function(groups) → true preference of their responses, [B, K]."""
-    def reward(groups):
-        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in (g["prompt"], r)]
-                 for g in groups for r in g["responses"]]
-        return torch.tensor(judges.gold(*zip(*texts)), device=common.device()).view(len(groups), -1)
-    return reward
-
-
 def run(out, seed, source, limit):
     """All stages of one world and seed."""
     table = experiments.summary_table(0, source)
-    table.insert(-1, (["06_ppo/gold"], "", 0, "06_ppo.py --rm baseline --name gold"))
+    table.insert(-1, (["06_ppo/gold"], "", 0,
+                       "lab/ppo_reward.py --reward gold --rm baseline --name gold"))
     for directories, _, _, command in table:
         script, *flags = command.split()
         if script == "00_data.py":
@@ -54,10 +46,7 @@ def run(out, seed, source, limit):
             flags += ["--limit", str(limit)] if limit else []
         if not experiments.complete(out, directories, flags):
             sys.argv = [script, *flags, "--out", str(out)]
-            more = {}
-            if directories == ["06_ppo/gold"]:
-                more["reward_fn"] = gold_reward(common.load_tokenizer(out / "01_sft"))
-            experiments.stage_of(script).main(sys.argv[1:], **more)
+            experiments.stage_of(script).main(sys.argv[1:])
 
 
 def put_right(row):

@@ -355,7 +355,7 @@ def test_ppo_learns_to_emit_a_token(run_copy):
     python(
         "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
         f"import torch\nout, token = {str(run_copy)!r}, {token}\n"
-        "count = lambda groups: torch.tensor([[float(r.count(token)) for r in g['responses']]"
+        "count = lambda groups, *_: torch.tensor([[float(r.count(token)) for r in g['responses']]"
         " for g in groups])\n"
         "assert stage('06_ppo', '--out', out, '--round', 0, '--iterations', 30, '--batch_size', 8,"
         " '--minibatch_size',"

@@ -1,0 +1,89 @@
+"""Not in the paper: stage 06 under another reward than one model's.
+
+    gold      the embedded world's true preference: what a perfect reward model would give
+    mean      the mean of stage 02's M models, the vote of section 2.2 as a reward
+    mean_std  their mean minus their standard deviation: trust what they agree on (Coste et al.
+              2024, "Reward Model Ensembles Help Mitigate Overoptimization")
+
+Each model's rewards are first standardised by its mean and std over the training pairs, which stage
+03 wrote down: reward models have neither a common scale nor a zero. The critic starts from --rm's.
+
+    deepspeed lab/ppo_reward.py --reward mean_std --rm baseline --kl_beta 0 --name mean_std
+    deepspeed 06_ppo.py --help                                                # its other flags
+"""
+import argparse
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402  (the project's root is on the path now)
+from lab import experiments, judges  # noqa: E402
+
+import torch  # noqa: E402
+
+
+def gold(groups, args, tokenizer):
+    """True preference of the groups' responses, [B, K]."""
+    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in (g["prompt"], r)]
+             for g in groups for r in g["responses"]]
+    return torch.tensor(judges.gold(*zip(*texts)), device=common.device()).view(len(groups), -1)
+
+
+def mean(groups, args, tokenizer):
+    """Mean of the ensemble's standardised rewards, [B, K]."""
+    return votes(groups, args, tokenizer).mean(0)
+
+
+def mean_std(groups, args, tokenizer):
+    """Their mean minus their population std."""
+    rewards = votes(groups, args, tokenizer)
+    return rewards.mean(0) - rewards.std(0, correction=0)
+
+
+def votes(groups, args, tokenizer):
+    """Standardised rewards under each model of the ensemble, [M, B, K]."""
+    models, center, scale = ensemble(args.out, args.precision)
+    batch = common.collate(groups, tokenizer.pad_token_id, "separate")
+    return torch.stack([(model(batch)[0] - c) / s for model, c, s in zip(models, center, scale)])
+
+
+@cache
+def ensemble(out, precision):
+    """Stage 02's models, and the mean and std of each one's rewards on the training pairs."""
+    names, args = members(out), SimpleNamespace(precision=precision)
+    models = [common.frozen(common.load_reward_model(f"{out}/{n}", args), args) for n in names]
+    rows = common.read_jsonl(f"{out}/03_strength/train.jsonl")
+    told = torch.tensor([[row["chosen_score_list"], row["rejected_score_list"]] for row in rows])
+    if told.shape[2] != len(models):                                            # [N, 2, M]
+        common.die(f"03_strength has the scores of {told.shape[2]} reward models and "
+                   f"02_rm_ensemble has {len(models)}: run python 03_strength.py again")
+    return models, *(x.tolist() for x in (told.mean((0, 1)), told.flatten(0, 1).std(0)))
+
+
+def members(out):
+    """Names of the finished reward models of stage 02."""
+    return [name for name in common.finished(out) if name.startswith("02_rm_ensemble/")]
+
+
+REWARDS = {f.__name__: f for f in (gold, mean, mean_std)}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, epilog="other flags go to stage 06",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reward", choices=REWARDS, required=True)
+    parser.add_argument("--out", default="out", help="run directory (default: out)")
+    args, flags = parser.parse_known_args(argv)
+    reward_fn = REWARDS[args.reward]
+    if reward_fn is not gold:
+        reward_fn.inputs = ["03_strength", *members(args.out)]
+        if len(reward_fn.inputs) == 1:
+            common.die(f"no reward model of stage 02 in {args.out}: run python 02_rm_ensemble.py")
+    experiments.stage_of("06_ppo.py").main([*flags, "--out", args.out], reward_fn)
+
+
+if __name__ == "__main__":
+    common.launch(main)
