@@ -225,8 +225,8 @@ def pairs_table(rounds, usual, alpha):
     served = {"joint": strengths, "theta_prime": [f"{usual:g}", f"{usual * 10:g}"],
               "weights": ["0.3", "1"]}  # whose eta is another thing: one std is one e-fold
     variants = [(variant, eta) for variant, etas in served.items() for eta in etas]
-    shifted = ["04_rm_denoise/baseline", "07_metarm/round_1",
-               *(f"07_metarm/{v}_{eta}" for v, eta in [*(("eta", x) for x in strengths), *variants])]
+    shifted = ["04_rm_denoise/baseline", *(f"07_metarm/eta_{eta}" for eta in strengths),
+               *(f"07_metarm/{variant}_{eta}" for variant, eta in variants)]
     models = [*(f"02_rm_ensemble/rm_{m:02d}" for m in range(10)),
               *(f"04_rm_denoise/{name}" for name in METHODS),
               *(f"05_rm_contrastive/{name}" for name in CONTRASTIVE),

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 metarm = experiments.stage_of("07_metarm.py")
-STEP = 0.01  # length of the step, in parameters, by which the derivative along grad J is taken
+STEP = 0.001  # along grad J / ||grad J||, to take a derivative by: exact to 0.2 % in fp32
 
 
 def through(gradient):

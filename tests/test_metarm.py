@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+from lab import metarm_variants
 
 STEPS, ETA, LR, N, M = 10, 0.5, 3e-4, 16, 8
 FLAGS = ["--round", 1, "--limit", STEPS, "--eta", ETA, "--batch_size", N, "--meta_batch_size", M,
          "--lr", LR, "--meta_prompts", 40, "--eval_every", 5]
 
 
-def reference(out, eta=ETA):
-    """Algorithm 1 with stock transformers, one right-padded row per response, torch's AdamW and
-    clip_grad_norm_. Only the order of the data is taken from the project."""
+def reference(out, eta=ETA, variant="metarm"):
+    """Algorithm 1, or a variant of it, with stock transformers, one right-padded row per response,
+    torch's AdamW and clip_grad_norm_. Only the order of the data is taken from the project."""
     tokenizer = AutoTokenizer.from_pretrained(out / "01_sft")
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(out / "01_sft", num_labels=1,
@@ -57,27 +58,49 @@ def reference(out, eta=ETA):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: (t / 1 if t < 1 else max(0.0, (STEPS - t) / (STEPS - 1))))
+    def losses(batch):
+        r = rewards(batch)
+        return torch.log(1 + torch.exp(-(r[:, 0] - r[:, 1])))
+
+    @torch.no_grad()
+    def ascend(gradient):
+        for p, g in zip(model.parameters(), gradient):
+            p += eta * g
+
+    def pair_weights(X_t, gradient):  # every pair's own gradient, along that of J
+        dJ = torch.cat([g.flatten() for g in gradient])
+        d = []
+        for L_i in losses(X_t):
+            dL = torch.autograd.grad(L_i, list(model.parameters()), retain_graph=True)
+            d.append(torch.cat([g.flatten() for g in dL]) @ dJ / dJ.norm())
+        d = torch.stack(d)
+        w = torch.exp(-eta * d / d.std(correction=0))
+        return w / w.mean()
+
     for X_t, X_s in zip(common.batches(train, N, STEPS, 0), common.batches(meta, M, STEPS, 1)):
         gradient = torch.autograd.grad(J(X_s), list(model.parameters()))
         theta = [p.detach().clone() for p in model.parameters()]
-        with torch.no_grad():
-            for p, g in zip(model.parameters(), gradient):
-                p += eta * g
+        w = pair_weights(X_t, gradient) if variant == "weights" else 1
+        if variant in ("metarm", "theta_prime"):
+            ascend(gradient)
         optimizer.zero_grad()
-        r = rewards(X_t)
-        torch.log(1 + torch.exp(-(r[:, 0] - r[:, 1]))).mean().backward()
+        loss = (w * losses(X_t)).mean()
+        (loss - eta * J(X_s) if variant == "joint" else loss).backward()
         with torch.no_grad():
             for p, saved in zip(model.parameters(), theta):
                 p.copy_(saved)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    if variant == "theta_prime":
+        ascend(torch.autograd.grad(J(X_s), list(model.parameters())))
     return model.state_dict()
 
 
 @pytest.mark.parametrize("processes, micro", [(1, 16), (2, 4)])  # accumulation 1 and 2
 def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
-    """ZeRO 0, 1, 2 and 3."""
+    """ZeRO 0, 1, 2 and 3; each variant once. The derivatives of `weights` are differences of
+    losses, which AdamW's first steps enlarge."""
     deepspeed(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS,
               "--micro_batch_size", micro)
     expected = reference(run_copy)
@@ -92,6 +115,13 @@ def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
             f"moves {effect:.1e}"
         )
         assert worst < 1e-5 and effect > 20 * worst
+    for variant in metarm_variants.VARIANTS:
+        expected = reference(run_copy, variant=variant)
+        ours = load_file(tmp_path / f"{variant}.safetensors")
+        off, effect = (sum((x[k] - expected[k]).square().sum().item() for k in expected) ** 0.5
+                       for x in (ours, without))
+        print(f"{variant}: off by {off:.1e}, moves {effect:.1e}")
+        assert effect > 20 * off and (variant == "weights" or off < 1e-4)
 
 
 def test_eta_zero_is_the_baseline_bit_for_bit(run_copy):
