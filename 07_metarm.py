@@ -146,6 +146,19 @@ def train(run, rm, pairs, meta, evaluate):
     return {**result, "steps": steps}
 
 
+def ascend_and_return(rm, held, X_s, eta):
+    """One ascent on X_s, undone. → rewards of the held-back samples at theta and at theta' [m, k];
+    J(theta') - J(theta) on X_s, and what it is to first order, eta ||dJ||^2."""
+    rewards, J = [rm.score(held)], [difference_loss(rm.score(X_s))]
+    backward(rm, difference_loss, X_s)
+    squares = [safe_get_full_grad(p).double().square().sum() for p in rm.engine.parameters()]
+    theta = ascend(rm.engine, eta)
+    rewards.append(rm.score(held)), J.append(difference_loss(rm.score(X_s)))
+    restore(rm.engine, theta)
+    return dict(zip(("theta", "theta_prime"), rewards)), {
+        "measured": (J[1] - J[0]).item(), "first_order": eta * sum(squares).item()}
+
+
 def equation_17(L, J, theta, eta):
     """Eqs. 15 to 17: what the meta step adds to the gradient of L, and what Eq. 17 says it adds.
 
@@ -199,9 +212,11 @@ def measure_equation_17(args, path, pairs, meta, tokenizer, size=4):
 
 
 def sample_meta(args, policy_dir, rows, run, tokenizer):
-    """k responses per prompt from the policy in `policy_dir` → groups, the meta data set S;
-    samples.jsonl keeps them as text and as the ids they are trained on (decoding and encoding again
-    need not give the same)."""
+    """k responses to each of some prompts, drawn anew each round, from the policy in `policy_dir` →
+    groups, the meta data set S; samples.jsonl keeps them as text and as the ids they are trained on
+    (decoding and encoding again need not give the same)."""
+    count = min(args.meta_prompts, 16 * (args.limit or args.meta_prompts), len(rows))
+    rows = random.Random(f"{args.seed} {args.round}").sample(rows, count)
     path = run.dir / "samples.jsonl"
     groups = common.encode(tokenizer, rows, [], args.run)
     if run.done:  # sampled before this process was started again
@@ -232,10 +247,9 @@ def main(argv=None, train=train, variant=None):
         common.die("--round must be 1 or more: round 0 is vanilla PPO, which has no MetaRM")
     if args.name and (not common.is_name(args.name) or args.name.startswith("round_")):
         common.die(f"--name {args.name} cannot be a directory of 07_metarm")
-    data = common.require(args, "00_data", "python 00_data.py")
-    strength = common.require(args, "03_strength", "python 03_strength.py")
-    sft = common.require(args, "01_sft", "python 01_sft.py")
-    vanilla = common.require(args, "04_rm_denoise/baseline", "python 04_rm_denoise.py")
+    data, sft, strength, vanilla = (
+        common.require(args, name, f"python {name.split('/')[0]}.py")
+        for name in ("00_data", "01_sft", "03_strength", "04_rm_denoise/baseline"))
     source = "01_sft" if r == 1 and args.first_samples == "sft" else f"06_ppo/round_{r - 1}"
     policy = common.require(args, source, f"python 06_ppo.py --round {r - 1}")
     common.setup(args)
@@ -244,39 +258,30 @@ def main(argv=None, train=train, variant=None):
         "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", source]),
         script=variant and "lab/metarm_variants.py")
     tokenizer = common.load_tokenizer(sft)
-    rows = common.read_jsonl(data / "prompts.jsonl")  # in the sources' order: draw, anew each round
-    count = min(args.meta_prompts, 16 * (args.limit or args.meta_prompts), len(rows))
-    rows = random.Random(f"{args.seed} {r}").sample(rows, count)
-    groups = sample_meta(args, policy, rows, run, tokenizer)
+    prompts = common.read_jsonl(data / "prompts.jsonl")
+    groups = sample_meta(args, policy, prompts, run, tokenizer)
     held, meta = groups[::10], [g for i, g in enumerate(groups) if i % 10] or groups
 
     common.set_seed(args.seed)  # from here on as stage 04's baseline: same head, same order
-    _, pairs = common.encode_pairs(tokenizer, common.read_jsonl(strength / "train.jsonl"), args.run)
-    valid_rows, valid = common.encode_pairs(
-        tokenizer, common.read_jsonl(strength / "valid.jsonl"), args.run)
-    gold = common.encode(tokenizer, common.read_jsonl(strength / "gold.jsonl"),
-                         ("chosen", "rejected"), args.run)
+    train_rows, valid_rows, gold = (common.read_jsonl(strength / f"{name}.jsonl")
+                                    for name in ("train", "valid", "gold"))
+    _, pairs = common.encode_pairs(tokenizer, train_rows, args.run)
+    valid_rows, valid = common.encode_pairs(tokenizer, valid_rows, args.run)
+    gold = common.encode(tokenizer, gold, ("chosen", "rejected"), args.run)
     model = common.load_reward_model(sft, args, head_seed=args.seed)
     rm = common.RewardEngine(model, run, tokenizer, pairs, common.steps_for(args, len(pairs)))
     if not run.done:
         run.state["J_initial"] = difference_loss(rm.score(held)).item()
-    rewards, rise = {}, {}                                                      # [m, k] each
+    measured = []
 
     def evaluate(step, X_s):
-        """J on held-back samples at theta and, after one more ascent, at theta'; how far J of X_s
-        rises between them, and by how much to first order; accuracies."""
-        rewards["theta"], before = rm.score(held), difference_loss(rm.score(X_s))
-        backward(rm, difference_loss, X_s)
-        squares = [safe_get_full_grad(p).double().square().sum() for p in rm.engine.parameters()]
-        theta = ascend(rm.engine, args.eta)
-        rewards["theta_prime"], after = rm.score(held), difference_loss(rm.score(X_s))
-        restore(rm.engine, theta)
-        rise.update(measured=(after - before).item(), first_order=args.eta * sum(squares).item())
-        result = common.accuracies(rm.score(valid), valid_rows)
-        run.log(step, **{f"J_{k}": difference_loss(x).item() for k, x in rewards.items()}, **result)
-        return result
+        """J on held-back samples at theta and, after one more ascent, at theta'; accuracies."""
+        measured[:] = ascend_and_return(rm, held, X_s, args.eta)
+        J = {f"J_{k}": difference_loss(x).item() for k, x in measured[0].items()}
+        return run.log(step, **J, **common.accuracies(rm.score(valid), valid_rows))
 
     result = train(run, rm, pairs, meta, evaluate)
+    rewards, rise = measured
     if gold:
         result["accuracy_gold"] = common.accuracies(rm.score(gold), gold)["accuracy_original"]
     rm.save()
@@ -287,10 +292,8 @@ def main(argv=None, train=train, variant=None):
         if args.equation_17:
             found = measure_equation_17(args, vanilla, pairs, groups, tokenizer)
             common.write_text(run.dir / "equation_17.json", json.dumps(found) + "\n")
-    run.finish(J_initial=run.state["J_initial"],
-               **{f"J_{name}": difference_loss(x).item() for name, x in rewards.items()},
-               **{f"mean_difference_{name}": all_differences(x).mean().item()
-                  for name, x in rewards.items()}, **result)
+    J_vanilla = difference_loss(rewards["vanilla"]).item()
+    run.finish(J_initial=run.state["J_initial"], J_vanilla=J_vanilla, **result, rise=rise)
 
 
 if __name__ == "__main__":

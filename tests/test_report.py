@@ -150,32 +150,6 @@ def test_names_are_those_of_the_stages():
         assert mine == list(import_module(name).METHODS)
 
 
-def test_the_joint_objective_is_the_mean_of_L_minus_lambda_times_that_of_J():
-    """Whatever the numbers of micro batches: its value and its gradient."""
-    from types import SimpleNamespace
-
-    import torch
-    joint, theta = import_module("lab.joint"), torch.tensor([2.0, -1.0], requires_grad=True)
-    pairs = [torch.tensor([[[1.0, 0.0], [0.3, 1.0]]]), torch.tensor([[[0.0, 1.0], [2.0, 1.0]]])]
-    meta = [torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    boundaries = []
-
-    class Engine:
-        engine = SimpleNamespace(set_gradient_accumulation_boundary=boundaries.append,
-                                 backward=lambda loss, **_: loss.backward())
-        micro_batches = staticmethod(iter)
-
-        def __call__(self, x):
-            return (x @ theta,)
-
-    value = joint.backward(Engine(), pairs, meta, 0.3).sum()
-    expected = sum(joint.vanilla_loss(x @ theta) for x in pairs) / 2 - \
-        0.3 * sum(joint.difference_loss(x @ theta) for x in meta) / 3
-    torch.testing.assert_close(value, expected.detach())
-    torch.testing.assert_close(theta.grad, torch.autograd.grad(expected, theta)[0])
-    assert boundaries == [False] * 4 + [True]
-
-
 # ---------------------------------------------------------------- the list
 
 def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):

@@ -227,7 +227,10 @@ def test_a_name_for_two_methods_is_refused(small_run, name, capsys):
     assert stop.value.code == 2 and error.startswith("error: --name") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, flags", [("lab.joint", ["--name", "round_7"]),
+VARIANT = "lab.metarm_variants", ["--variant", "joint", "--name", "round_7"]
+
+
+@pytest.mark.parametrize("name, flags", [VARIANT,
                                          ("07_metarm", ["--name", "round_7"]),
                                          ("07_metarm", ["--name", "../x"]),
                                          ("06_ppo", ["--name", "x"]),
@@ -497,7 +500,7 @@ def test_no_partial_directory_is_left(small_run):
     (None, "06_ppo", ["--round", "2"], "python 06_ppo.py --round 1"),
     (None, "07_metarm", ["--round", "2"], "python 06_ppo.py --round 1"),
     (None, "06_ppo", ["--rm", "margin"], "no finished reward model margin"),
-    ("06_ppo", "lab.joint", [], "python 07_metarm.py --round 1"),
+    ("06_ppo", "lab.metarm_variants", ["--variant", "joint"], "python 06_ppo.py --round 0"),
     (None, "07_metarm", ["--round", "0"], "--round must be 1 or more"),
 ])
 def test_a_missing_stage_is_named_in_one_line(small_run, tmp_path, without, stage, flags, command,
