@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import scipy.stats
 import torch
 
 import common
@@ -26,6 +27,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 METHODS = ["baseline", "flip", "margin", "flip_margin", "soft_margin"]  # of stage 04
 DENOISING = [name for name in METHODS if name not in ("baseline", "margin")]
 CONTRASTIVE = ["simcse", "simcse_diff", "swav", "swav_diff"]            # of stage 05
+# lab/metarm_variants.py's; and what PPO without KL penalty was run under
+VARIANTS = {"eta": "MetaRM", "theta_prime": "theta' served", "weights": "pair weights",
+            "joint": "L - eta J"}
+OPTIMISED = ["baseline", "flip_margin", "soft_margin", "simcse", "metarm", "mean", "mean_std"]
 SETS = ("original", "judge", "consistent")
 TENTHS = [f"tenth_{i:02d}" for i in range(1, 11)]
 PARTS = ([f"part_000_{high:03d}" for high in (20, 40, 60, 80)],
@@ -217,27 +222,44 @@ def data_27(run):
     return {"step": curve(run.path, models[0])["step"], "right": right}
 
 
-def data_joint(run):
-    """MetaRM of round 1 and the plain joint objective at the same strength: J of each held-back
-    prompt, accuracy; and what stage 08 says of PPO under them."""
-    def model(folder, kind, strength, held):
-        metrics = read(folder / "manifest.json")["metrics"]
-        return {"kind": kind, "strength": strength, "J": held["J"], "accuracy": {
-            k.removeprefix("accuracy_"): v for k, v in metrics.items() if k[:9] == "accuracy_"}}
+def data_variants(run):
+    """MetaRM of round 1 and its variants at several strengths: J of each held-back prompt; accuracy
+    on true labels; Kendall's tau of rewards and judge for each prompt that round 0's policy
+    answered; and what stage 08 says of PPO under them."""
     folder, out = run.path / "07_metarm", {}
-    held = read(folder / "round_1/held_back.json")["vanilla"]                      # same samples
-    vanilla = model(run.path / "04_rm_denoise/baseline", "vanilla", 0.0, held)
+    samples = rows(run.path / "08_best_of_n_round_0/best_of_n.jsonl")
+
+    def model(name, kind, eta, J):
+        metrics = read(run.path / name / "manifest.json")["metrics"]
+        tau = [scipy.stats.kendalltau(s["judge"], s["rewards"][name]).statistic for s in samples
+               if len(set(s["judge"])) > 1]                 # of equal responses there is no order
+        return {"kind": kind, "eta": eta, "J": J, "tau": [round(float(t), 4) for t in tau],
+                "accuracy": next(metrics[k] for k in ("accuracy_gold", "accuracy_judge",
+                                                      "accuracy_original") if k in metrics)}
     for name in common.finished(folder):
-        kind = {"eta": "eta", "joint": "lam"}.get(name.split("_")[0])
-        if kind:
-            strength = read(folder / name / "manifest.json")["hyperparameters"][kind]
-            held = read(folder / name / "held_back.json")["theta"]
-            out[name] = model(folder / name, kind, strength, held)
+        kind, _, eta = name.rpartition("_")
+        if kind in VARIANTS:
+            held = read(folder / name / "held_back.json")
+            out[name] = model(f"07_metarm/{name}", kind, float(eta), held["theta"]["J"])
+            vanilla = held["vanilla"]["J"]                                         # the same in all
     if not out:
-        raise Missing(f"{folder} has no eta_* and no joint_*")
-    out = dict(sorted(out.items(), key=lambda item: (item[1]["kind"], item[1]["strength"])))
-    return {"models": {"vanilla": vanilla} | out,
-            **evaluated(run, ["round_1", "joint", "more_1"], ("eval_",))}
+        raise Missing(f"{folder} has no eta_* and no variant")
+    out = dict(sorted(out.items(), key=lambda x: (list(VARIANTS).index(x[1]["kind"]), x[1]["eta"])))
+    return {"models": {"vanilla": model("04_rm_denoise/baseline", "vanilla", 0.0, vanilla)} | out,
+            **evaluated(run, ["round_1", "more_1", *VARIANTS], ("eval_",))}
+
+
+def data_overoptimised(run, blocks=10):
+    """Own reward, in units of its std, and the judge's score of PPO without KL penalty, each a mean
+    over a tenth of the steps."""
+    out = {}
+    for name, x in ppo(run, *OPTIMISED).items():
+        if "gold" not in x:
+            raise Missing("the true preference is not known")
+        reward = (np.array(x["reward"]) - x["reward"][0]) / x["reward_std"][-1]
+        out[name] = {key: [round(float(part.mean()), 4) for part in np.array_split(values, blocks)]
+                     for key, values in (("reward", reward), ("gold", np.array(x["gold"])))}
+    return out
 
 
 def data_table_1(run):
@@ -289,18 +311,24 @@ def data_more(run):
 
 
 def data_best_of_n(run):
-    """Expected judge's score and own reward of the best of n under each reward model, for each
-    prompt."""
+    """Expected judge's score and own reward of the best of n under each reward model, and under the
+    mean and mean - std of stage 02's standardised rewards, for each prompt."""
     samples = rows(run.path / "08_best_of_n/best_of_n.jsonl")
-    total = len(samples[0]["judge"])
-    ns = [2 ** i for i in range(int(math.log2(total)) + 1)]
+    ns = [2 ** i for i in range(int(math.log2(len(samples[0]["judge"]))) + 1)]
+    rewards = {name: np.array([s["rewards"][name] for s in samples]) for name in
+               samples[0]["rewards"]}                                            # [prompts, N]
+    voters = [rewards.pop(name) for name in list(rewards) if name.startswith("02_")]
+    if voters:
+        votes = np.array([(r - r.mean()) / r.std() for r in voters])
+        rewards["ensemble/mean"] = votes.mean(0)
+        rewards["ensemble/mean_std"] = votes.mean(0) - votes.std(0)
     out = {"n": ns, "sets": [s["set"] for s in samples], "judge": {}, "reward": {}}
-    for model in samples[0]["rewards"]:
-        name = model.split("/")[1] if "metarm" not in model else f"metarm_{model.split('/')[1]}"
+    for model, r in rewards.items():
+        folder, name = model.split("/")
+        name = f"metarm_{name}" if folder == "07_metarm" else name
         for key in ("judge", "reward"):
-            out[key][name] = [
-                [round(best_of(s["rewards"][model], s["judge"] if key == "judge" else
-                               s["rewards"][model], n), 4) for n in ns] for s in samples]
+            out[key][name] = [[round(best_of(x, s["judge"] if key == "judge" else x, n), 4)
+                               for n in ns] for x, s in zip(r, samples)]
     return out
 
 
@@ -592,31 +620,59 @@ def draw_16(seeds):
               for k in ("theta", "theta_prime", "vanilla"))] for r in seeds[0]]
 
 
-def draw_joint(seeds):
+def draw_variants(seeds, within=0.01):
     models = {m: v for m, v in seeds[0]["models"].items() if all(m in d["models"] for d in seeds)}
-    kind = "judge" if "judge" in models["vanilla"]["accuracy"] else "original"
-    titles = ["J on held-back samples", f"accuracy, {kind}"]
-    value = {m: ([np.mean(d["models"][m]["J"]) for d in seeds],
-                 [d["models"][m]["accuracy"][kind] for d in seeds]) for m in models}
-    panels = []
-    for k, title in enumerate(titles):
-        lines = {}
-        for name, text in (("eta", "MetaRM"), ("lam", "L - lambda J")):
-            ordered = sorted((m for m in models if models[m]["kind"] == name),
-                             key=lambda m: models[m]["strength"])
-            lines[text] = ([models[m]["strength"] for m in ordered],
-                           [[value[m][k][s] for m in ordered] for s in range(len(seeds))])
-        panels.append({"lines": lines, "level": np.mean(value["vanilla"][k]), "xscale": "log",
-                       "xlabel": "strength: eta, lambda (dotted: vanilla RM)", "ylabel": title})
-    names = {"round_1": "PPO under MetaRM", "joint": "PPO under L - lambda J",
-             "more_1": "more PPO, same model"}
+    value = {m: [[np.mean(d["models"][m][key]) for d in seeds] for key in ("J", "accuracy", "tau")]
+             for m in models}
+    titles = ["J on held-back samples", "accuracy, true labels", "Kendall's tau, shifted samples"]
+    kinds = {text: [m for m in models if models[m]["kind"] == kind]
+             for kind, text in VARIANTS.items()}
+    panels = [{"lines": {text: ([models[m]["eta"] for m in of],
+                                [[value[m][k][s] for m in of] for s in range(len(seeds))])
+                         for text, of in kinds.items() if of},
+               "level": np.mean(value["vanilla"][k]), "xscale": "log", "ylabel": title,
+               "xlabel": "eta (dotted: vanilla RM)"} for k, title in enumerate(titles)]
+    panels.append({"lines": {text: ([np.mean(value[m][0]) for m in of], [
+        [np.mean(value[m][2]) for m in of]]) for text, of in kinds.items() if of},
+        "style": {text: {"linestyle": "none", "marker": "o"} for text in kinds},
+        "level": np.mean(value["vanilla"][2]), "xlabel": titles[0], "ylabel": titles[2]})
+    table = [["model", *titles]]
+    for text, of in {"vanilla RM": ["vanilla"], **kinds}.items():
+        table += [[f"{text}, eta {models[m]['eta']:g}" if m != "vanilla" else text,
+                   *map(cell, value[m])] for m in of]
+    least = np.mean(value["vanilla"][1]) - within
+    for text, of in kinds.items():  # at equal accuracy the strongest
+        if equal := [m for m in of if np.mean(value[m][1]) > least]:
+            best = max(equal, key=lambda m: np.mean(value[m][0]))
+            table.append([f"{text}: widest J within {within} of vanilla's accuracy, eta "
+                          f"{models[best]['eta']:g}", *map(cell, value[best])])
+    names = {"round_1": "MetaRM", "more_1": "the vanilla RM once more", **VARIANTS}
     wins = pooled([d["comparisons"] for d in seeds], ("round_0",), ("eval_",), list(names))[1:]
-    both = {row[0] for row in wins if row[1] == "joint"}  # not the summary task, which has none
-    return show(panels), [["model", *titles]] + [
-        [m.replace("eta_", "MetaRM, eta ").replace("joint_", "L - lambda J, lambda "),
-         *map(cell, value[m])] for m in models] + [
-        [f"{names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %, tie {r[4]} %", f"lose {r[5]} %"]
-        for r in wins if r[0] in both]
+    sets = {row[0] for row in wins if row[1] in VARIANTS}  # not the summary task's, which has none
+    return show(panels, width=3.6), table + [
+        [f"PPO under {names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %", f"tie {r[4]} %",
+         f"lose {r[5]} %"] for r in wins if r[0] in sets]
+
+
+def draw_overoptimised(seeds):
+    steps = range(1, len(seeds[0]["baseline"]["gold"]) + 1)
+    lines = {key: {label(m): [d[m][key] for d in seeds] for m in seeds[0]}
+             for key in ("reward", "gold")}
+    tenths = {"xlabel": "tenth of the steps"}
+    table = [["reward", "own reward's rise, std", "gold, first tenth", "highest tenth",
+              "last tenth", "fall from the highest"]]
+    for m in lines["gold"]:
+        reward, gold = np.array(lines["reward"][m]), np.array(lines["gold"][m])      # [seeds, 10]
+        table.append([m, *map(cell, (reward[:, -1], gold[:, 0], gold.max(1), gold[:, -1],
+                                     gold.max(1) - gold[:, -1]))])
+    return show([
+        {"lines": {m: (steps, x) for m, x in lines["reward"].items()}, **tenths,
+         "ylabel": "own reward, std from the start"},
+        {"lines": {m: (steps, x) for m, x in lines["gold"].items()}, **tenths,
+         "ylabel": UNITS["gold"]},
+        {"lines": {m: (np.mean(lines["reward"][m], 0), [np.mean(x, 0)])
+                   for m, x in lines["gold"].items()}, "xlabel": "own reward, std from the start",
+         "ylabel": UNITS["gold"]}], width=3.8), table
 
 
 def draw_more(seeds):
@@ -716,9 +772,10 @@ DRAWN = {
     "figure_26": (data_26, draw_26),
     "figure_27": (data_27, draw_27),
     "figure_28": (data_27, draw_28),
-    "joint": (data_joint, draw_joint),
+    "variants": (data_variants, draw_variants),
     "more": (data_more, draw_more),
     "best_of_n": (data_best_of_n, draw_best_of_n),
+    "overoptimised": (data_overoptimised, draw_overoptimised),
 }
 # name: (title, what the paper saw, stage directories it comes from, data, drawing)
 FIGURES = {name: (f["title"], f["saw"], f["made"], *DRAWN[name]) for name, f in tomllib.loads(

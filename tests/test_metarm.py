@@ -146,6 +146,41 @@ def test_eta_matters(run_copy):
     assert max((ours[k] - baseline[k]).abs().max().item() for k in ours) > 1e-4
 
 
+def test_algorithm_1_rests_below_the_vanilla_model():
+    """Run to its rest on a small convex L, theta' is the minimum of L, and theta, which is served,
+    lies below it on J by eta ||dJ||^2 to first order: halving eta halves what is left over
+    (docs/readings.md)."""
+    metarm = import_module("07_metarm")
+    generator = torch.Generator().manual_seed(2)  # whose samples do not tie: there J has a kink
+    x_t = torch.randn(64, 2, 5, generator=generator, dtype=torch.float64)  # noise: L has a minimum
+    x_s = 3 * torch.randn(8, 4, 5, generator=generator, dtype=torch.float64)
+
+    def gradient(loss, x, theta):
+        theta = theta.clone().requires_grad_()
+        return torch.autograd.grad(loss(x @ theta), theta)[0]
+
+    def rest(eta):
+        theta = torch.zeros(5, dtype=torch.float64) + 0.1
+        for _ in range(1500):
+            ahead = theta + eta * gradient(metarm.difference_loss, x_s, theta)  # Eq. 12
+            theta = theta - gradient(metarm.vanilla_loss, x_t, ahead)           # Eqs. 13, 14
+        return theta, ahead
+
+    def J(theta):
+        return metarm.difference_loss(x_s @ theta).item()
+
+    vanilla, _ = rest(0.0)
+    assert gradient(metarm.vanilla_loss, x_t, vanilla).norm() < 1e-12
+    square = gradient(metarm.difference_loss, x_s, vanilla).square().sum().item()
+    left = []
+    for eta in (0.05, 0.025, 0.0125):
+        theta, ahead = rest(eta)
+        assert (ahead - vanilla).norm() < 1e-9 and J(theta) < J(vanilla)
+        left.append((J(vanilla) - J(theta)) / (eta * square) - 1)
+    print("drop over eta ||dJ||^2, minus 1:", left)
+    assert abs(left[-1]) < 0.05 and all(1.8 < a / b < 2.2 for a, b in zip(left, left[1:])), left
+
+
 def test_equation_17():
     """Eqs. 15 to 17, by Taylor (Eq. 16): dL(theta + eta dJ) - dL is Eq. 17's term with dJ held
     fixed up to O(eta^2): halving eta quarters the error (float64). The whole derivative is another

@@ -279,7 +279,7 @@ def test_figures_json_reproduces_the_ledger(page):
     accuracy = [
         json.loads(
             (page[0] /
-             f"seed_1/04_rm_denoise/{name}/manifest.json").read_text())["metrics"]["accuracy_judge"]
+             f"seed_1/04_rm_denoise/{name}/manifest.json").read_text())["metrics"]["accuracy_gold"]
         for name in ("margin", "baseline", "tenth_01", "tenth_02")]
     assert entries["C9"]["values"]["seed_1"] == pytest.approx(accuracy[0] - accuracy[1])
     assert entries["C4"]["values"]["seed_1"] == pytest.approx(np.mean(accuracy[2:]))
