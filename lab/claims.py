@@ -360,7 +360,7 @@ def interval(measure, seeds, rng, replicates=REPLICATES):
     values = [measure(d, draw) for d in seeds]
     if not drawn:
         half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values) \
-            if len(values) > 1 else np.nan
+            if len(values) > 1 else 0.0  # one seed: the claim stays open
         return float(np.mean(values) - half), float(np.mean(values) + half)
     means = [
         np.mean([measure(seeds[s], draw) for s in draw(len(seeds))]) for _ in range(replicates)]
@@ -385,14 +385,16 @@ def ledger(collected):
     for k, (name, claim, measure) in enumerate(progress(CLAIMS, "claims")):
         entry = {"id": name, **{k: claim[k] for k in (
             "where", "claim", "paper", "quantity", "criterion", "note")}}
-        values, lacks = {}, "run"
+        values, lacks = {}, "no run"
         for run, d in runs.items():
             try:
                 values[run] = float(measure(d, np.arange))
             except KeyError as missing:  # the figure, model, set or kind of label that it has not
+                lacks = f"no {missing.args[0]}"
+            except figures.Missing as missing:
                 lacks = missing.args[0]
         if not values or not np.isfinite(list(values.values())).all():
-            reason = "too few steps, rounds or sets" if values else f"this run has no {lacks}"
+            reason = "too few steps, rounds or sets" if values else f"this run has {lacks}"
             out.append({**entry, "verdict": "not measured", "reason": reason})
             continue
         low, high = interval(measure, [runs[run] for run in values], np.random.default_rng(k))

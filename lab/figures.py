@@ -249,15 +249,15 @@ def data_variants(run):
             **evaluated(run, ["round_1", "more_1", *VARIANTS], ("eval_",))}
 
 
-def data_overoptimised(run, blocks=10):
-    """Own reward, in units of its std, and the judge's score of PPO without KL penalty, each a mean
-    over a tenth of the steps."""
+def data_overoptimised(run):
+    """Own reward, in units of its std, and the true preference during PPO without KL penalty, each
+    a mean over a tenth of the steps."""
     out = {}
     for name, x in ppo(run, *OPTIMISED).items():
         if "gold" not in x:
             raise Missing("the true preference is not known")
         reward = (np.array(x["reward"]) - x["reward"][0]) / x["reward_std"][-1]
-        out[name] = {key: [round(float(part.mean()), 4) for part in np.array_split(values, blocks)]
+        out[name] = {key: [round(float(part.mean()), 4) for part in np.array_split(values, min(10, len(values)))]
                      for key, values in (("reward", reward), ("gold", np.array(x["gold"])))}
     return out
 
@@ -393,6 +393,8 @@ def cell(values):
 
 
 def label(model):
+    if model in ("mean", "mean_std"):
+        return "ensemble's mean" + (" - std" if model == "mean_std" else "")
     return model.replace("_3_epochs", ", 3 epochs").replace("_", " ")
 
 

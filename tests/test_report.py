@@ -54,12 +54,21 @@ def test_interval_within_a_seed_is_scipy_s():
 
 
 def test_interval_over_seeds_is_that_of_all_draws():
-    # one number a seed: 4^4 draws
+    # one pair a seed: 4^4 draws
     values = [0.1, 0.4, 1.0, 1.2]
     means = [np.mean(draw) for draw in itertools.product(values, repeat=4)]
-    low, high = claims.interval(lambda d, pick: d, values, np.random.default_rng(0), 20000)
+    low, high = claims.interval(lambda d, pick: d + pick(1)[0], values, np.random.default_rng(0),
+                                20000)
     expected = np.percentile(means, [2.5, 97.5])
     assert abs(low - expected[0]) < 0.03 and abs(high - expected[1]) < 0.03
+
+
+def test_interval_of_one_number_a_seed_is_student_s():
+    values, rng = [0.1, 0.4, 1.0, 1.2], np.random.default_rng(0)
+    found = claims.interval(lambda d, pick: d, values, rng)
+    mean, half = np.mean(values), 3.182446 * np.std(values, ddof=1) / 2  # t of 3 degrees, 97.5 %
+    assert found == pytest.approx((mean - half, mean + half), rel=1e-5)
+    assert claims.interval(lambda d, pick: d, [0.5], rng) == (0.5, 0.5)  # its claim stays open
 
 
 def test_interval_of_constants_is_a_point():
