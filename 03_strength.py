@@ -8,7 +8,9 @@ data set. Also the numbers of Figure 1 (those columns), Figure 2 (groups.json), 
 draws them. gold.jsonl is handed on: the embedded world's pairs with true labels, which 04, 05 and
 07 measure with and no stage trains on.
 
-A data set that brings its scores along (the released one) needs no ensemble.
+A data set that brings its scores along (the released one) needs no ensemble. With --judge a chat
+model (lab/judges.py: model:PATH_OR_ID, http://HOST/v1) labels the validation pairs, as GPT-4 does
+in the paper: `judge_label` 1 agrees, 0 disagrees, -1 is a tie or no verdict.
 
 Departures from the paper: (1) pairs that are equal after truncation have no preference and are
 dropped, counted; (2) Figure 3's groups are of 500 validation pairs as the paper's, smaller when the
@@ -26,6 +28,7 @@ import scipy.stats
 import torch
 
 import common
+from lab import judges
 
 HPARAMS = {
     # name: (paper, small, toy, help)
@@ -34,6 +37,7 @@ HPARAMS = {
     "group_size": (500, 100, 50, "validation pairs in a group of Figure 3"),
     "eval_batch_size": (8, 8, 64, "pairs per process and forward pass"),
     "precision": common.TRAINING["precision"],
+    "zero": (0, 0, 0, "3: a judging chat model is sharded over the processes"),
 }
 MEAN, STD = "mean preference difference", "std preference difference"
 
@@ -83,6 +87,13 @@ def vote(args, groups, tokenizer, members):
     return [torch.stack(v) for v in votes.values()]
 
 
+def label(run, rows):
+    """Rows with the judge's labels, in the place of those that came along, and its report."""
+    verdicts, report = judges.compare(run, judges.pair_items(rows))
+    labels = [{1: 1, -1: 0}.get(v, -1) for v in verdicts]
+    return [row | {"judge_label": label} for row, label in zip(rows, labels)], report
+
+
 def by_strength(rows, count):
     """Rows in ascending order of mu_hat, in `count` groups of (nearly) equal size: Figure 2."""
     rows = sorted(rows, key=lambda row: row[MEAN])
@@ -126,18 +137,23 @@ def table_1(rows):
 
 
 def main(argv=None):
-    args = common.parse_args(__doc__, HPARAMS, argv=argv)
+    args = common.parse_args(__doc__, HPARAMS, judges.add_flags, argv)
     data = common.require(args, "00_data", "python 00_data.py")
     train, valid = (common.read_jsonl(data / f"{split}.jsonl") for split in ("train", "valid"))
     gold = common.read_jsonl(path) if (path := data / "gold.jsonl").exists() else []
     scored = all("chosen_score_list" in row for row in train + valid)
     names = [] if scored else [f"02_rm_ensemble/rm_{m:02d}" for m in range(args.M)]
     members = [common.require(args, name, "python 02_rm_ensemble.py") for name in names]
+    if args.judge in ("gold", "ensemble"):
+        common.die(f"--judge {args.judge} is stage 08's: labels are judged by one that reads, "
+                   "model:PATH_OR_ID or http://HOST/v1 (gold's come with the embedded world)")
+    read = judges.choose(args)
     common.setup(args)
     run = common.begin(args, "03_strength", ["00_data/train.jsonl", "00_data/valid.jsonl",
-                                             *["00_data/gold.jsonl"] * bool(gold), *names])
+                                             *["00_data/gold.jsonl"] * bool(gold), *names, *read])
     tokenizer = None if scored else common.load_tokenizer(members[0])
     train, valid = (annotate(args, rows, tokenizer, members) for rows in (train, valid))
+    valid, report = label(run, valid) if args.judge else (valid, None)
 
     groups = [{"mean": mean(group, MEAN), "std": mean(group, STD)}
               for group in by_strength(train, args.groups)]
@@ -154,7 +170,7 @@ def main(argv=None):
         group_means=[round(g["mean"], 4) for g in groups],
         group_stds=[round(g["std"], 4) for g in groups],
         **{f"consistency_{k}": v if isinstance(v, (int, float)) else sum(v) / len(v)
-           for k, v in found.items() if k != "groups"})
+           for k, v in found.items() if k != "groups"}, **{"judge": report} if report else {})
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ The best round of a task is the one with the highest win minus lose against SFT 
 in-distribution prompt; it is then measured on the others, and on all out of distribution, so that
 its choice does not flatter it.
 
-Judges: lab/judges.py says what `gold` and `ensemble` are. Both score one response at a time, so
-the order in which two are shown does not matter.
+Judges (lab/judges.py): `gold` and `ensemble` score one response at a time; a chat model, local
+(model:PATH_OR_ID) or behind a server (http://HOST/v1), reads two in an order drawn for each item
+(verdicts.jsonl has its replies; null in verdicts.json is no verdict).
 
-Departures from the paper: (1) no GPT-4 and no people; (2) the best round is chosen on prompts that
-do not measure it.
+Departures from the paper: (1) no GPT-4 unless --judge names it, and no people; (2) the best round
+is chosen on prompts that do not measure it.
 
     deepspeed 08_evaluate.py               # or: python 08_evaluate.py --judge ensemble
+    python 08_evaluate.py --judge model:HuggingFaceTB/SmolLM2-1.7B-Instruct --both_orders
 """
 import json
 from pathlib import Path
@@ -36,6 +38,7 @@ HPARAMS = {
     "generate_batch_size": (16, 16, 100, "prompts per process and call of generate"),
     "eval_batch_size": (8, 16, 64, "responses per process and forward pass of a judging model"),
     "precision": common.TRAINING["precision"],
+    "zero": (0, 0, 0, "3: a judging chat model is sharded over the processes"),
 }
 OPPONENTS = ("sft", "round_0", "baseline")
 
@@ -46,14 +49,21 @@ def verdict(ours, theirs, tie=1e-9):
 
 
 def compare(verdicts):
-    """{"n", "win", "tie", "lose" (shares), "win_interval", "lose_interval" (95 % Wilson 1927)}."""
-    n, count = len(verdicts), {name: verdicts.count(v)
-                               for name, v in (("win", 1), ("tie", 0), ("lose", -1))}
+    """{"n", "win", "tie", "lose" (shares), "win_interval", "lose_interval" (95 % Wilson 1927)} of
+    the verdicts that are there."""
+    count = {name: verdicts.count(v) for name, v in (("win", 1), ("tie", 0), ("lose", -1))}
+    n = sum(count.values())
     out = {"n": n, **{name: c / n for name, c in count.items()}}
     for name in ("win", "lose"):
         interval = binomtest(count[name], n).proportion_ci(0.95, method="wilson")
         out[f"{name}_interval"] = (interval.low, interval.high)
     return out
+
+
+def mean_verdict(verdicts):
+    """Win minus lose of the verdicts that are there; 0 where none is."""
+    told = [v for v in verdicts if v is not None]
+    return sum(told) / max(1, len(told))
 
 
 def best_rounds(verdicts):
@@ -63,7 +73,7 @@ def best_rounds(verdicts):
     best, unseen = {}, {}
     for name, policies in verdicts.items():
         kind, task = name.split("_", 1)
-        lead = {p: sum(against["sft"][::2]) for p, against in policies.items()
+        lead = {p: mean_verdict(against["sft"][::2]) for p, against in policies.items()
                 if p.startswith("round_") and p != "round_0"}
         if kind == "eval" and lead:
             best[task] = max(lead, key=lead.get)
@@ -78,11 +88,13 @@ def tables(verdicts, best, unseen):
     for name, policies in sorted(verdicts.items()):
         for policy, against in policies.items():
             for opponent, v in against.items():
-                row = {"set": name, "policy": policy, "opponent": opponent}
-                every.append(row | compare(v))
+                row, rest = {"set": name, "policy": policy, "opponent": opponent}, [
+                    v[i] for i in unseen[name]]
                 chosen = policy == best.get(name.split("_", 1)[1]) and opponent != "baseline"
-                if chosen and unseen[name]:
-                    three.append(row | compare([v[i] for i in unseen[name]]))
+                if any(x is not None for x in v):
+                    every.append(row | compare(v))
+                if chosen and any(x is not None for x in rest):
+                    three.append(row | compare(rest))
     return every, three
 
 
@@ -98,72 +110,83 @@ def markdown(title, rows):
     return "\n".join(lines) + "\n"
 
 
-def answer(args, policies, rows, tokenizer):
-    """{policy: its response to each prompt}, one sample each."""
-    prompts = [g["prompt"] for g in common.encode(tokenizer, rows, [], args.run)]
-    responses = {}
+def answer(args, policies, sets, tokenizer):
+    """{(policy, set, id): row with the policy's response}, one sample each."""
+    rows = [(name, row) for name, of_set in sets.items() for row in of_set]
+    prompts = [g["prompt"] for g in common.encode(tokenizer, [r for _, r in rows], [], args.run)]
+    answers = {}
     for policy, path in policies.items():
         model = common.frozen(common.load_policy(f"{args.out}/{path}", args), args)
         ids = common.generate(model, tokenizer, prompts, 1, args, args.seed)
-        responses[policy] = tokenizer.batch_decode([r[0] for r in ids], skip_special_tokens=True)
+        texts = tokenizer.batch_decode([r[0] for r in ids], skip_special_tokens=True)
+        answers |= {(policy, name, row["id"]): {
+            "policy": policy, "set": name, "id": row["id"], "prompt": row["prompt"],
+            "response": text} for (name, row), text in zip(rows, texts)}
         del model  # or the next one lies beside it
-    return responses
+    return answers
 
 
-def judge_all(scores, sets):
-    """{set: {policy: {opponent: [verdict]}}} from {policy: [score of each prompt of all sets]}."""
-    out, start = {}, 0
-    for name, rows in sets.items():
-        part = {policy: x[start:start + len(rows)] for policy, x in scores.items()}
-        start += len(rows)
-        out[name] = {policy: {opponent: list(map(verdict, part[policy], part[opponent]))
-                              for opponent in OPPONENTS if opponent in part and opponent != policy}
-                     for policy in part if policy != "sft"}
-    return out
+def judge(run, answers, items, tokenizer, voters):
+    """→ a verdict for each item, the judge's report. A judge that scores leaves each answer's
+    `score` in its row."""
+    if judges.reads(run.args):
+        return judges.compare(run, items)
+    score = judges.scorer(run.args, tokenizer, voters)
+    rows = list(answers.values())
+    for row, s in zip(rows, score([r["prompt"] for r in rows], [r["response"] for r in rows])):
+        row["score"] = s
+    return [verdict(*(answers[policy, item["set"], item["of"]]["score"] for policy in (
+        item["policy"], item["opponent"]))) for item in items], {"judge": judges.title(run.args)}
+
+
+def mean_scores(answers):
+    """{policy: {set: mean score}}, of a judge that scores."""
+    scores = {}
+    for (policy, name, _), row in answers.items():
+        if "score" in row:
+            scores.setdefault(policy, {}).setdefault(name, []).append(row["score"])
+    return {policy: {name: sum(x) / len(x) for name, x in of.items()} for policy, of in
+            scores.items()}
 
 
 def main(argv=None):
-    args = common.parse_args(__doc__, HPARAMS, lambda flag: flag(
-        "--judge", choices=("gold", "ensemble"),
-        help="default: gold in the embedded world, else ensemble"), argv)
+    args = common.parse_args(__doc__, HPARAMS, judges.add_flags, argv)
     data = common.require(args, "00_data", "python 00_data.py")
     common.require(args, "01_sft", "python 01_sft.py")
     common.require(args, "06_ppo/round_0", "python 06_ppo.py --round 0")
-    kind, names = judges.choose(args)
+    read = judges.choose(args, "gold" if args.run.get("world") == "toy" else "ensemble")
     common.setup(args)
     policies = {"sft": "01_sft"} | {name.split("/")[1]: name for name in common.finished(args.out)
                                     if name.startswith("06_ppo/")}
-    run = common.begin(args, "08_evaluate", ["00_data", *policies.values(), *names])
+    run = common.begin(args, "08_evaluate", ["00_data", *policies.values(), *read])
     tokenizer = common.load_tokenizer(Path(args.out) / "01_sft")
-    score = judges.scorer(args, tokenizer, names)
 
     files = [*sorted(data.glob("eval_*.jsonl")), *sorted(data.glob("ood_*.jsonl"))]
     sets = {f.stem: common.read_jsonl(f)[:args.prompts] for f in files}
-    rows = [{**row, "set": name} for name, of_set in sets.items() for row in of_set]
-    responses = answer(args, policies, rows, tokenizer)
-    flat = score([row["prompt"] for row in rows] * len(policies), sum(responses.values(), []))
-    scores = {policy: flat[i * len(rows):(i + 1) * len(rows)] for i, policy in enumerate(policies)}
-    verdicts = judge_all(scores, sets)
+    answers = answer(args, policies, sets, tokenizer)
+    items = judges.comparison_items(answers, OPPONENTS)
+    found, report = judge(run, answers, items, tokenizer, read)
+    verdicts = {name: {} for name in sets}
+    for item, v in zip(items, found):
+        against = verdicts[item["set"]].setdefault(item["policy"], {})
+        against.setdefault(item["opponent"], []).append(v)
     best, unseen = best_rounds(verdicts)
     every, table_3 = tables(verdicts, best, unseen)
     table_2 = [row for row in every if row["opponent"] == "sft"]
-    text = markdown(f"Table 2: every policy against SFT, judge {kind}", table_2) + "\n" + markdown(
-        f"Table 3: each task's best round against SFT and vanilla PPO, judge {kind}", table_3)
-    means = {policy: {name: sum(s for s, row in zip(x, rows) if row["set"] == name) / len(of_set)
-                      for name, of_set in sets.items()} for policy, x in scores.items()}
+    text = markdown(f"Table 2: every policy against SFT, judge {report['judge']}", table_2)
+    text += "\n" + markdown("Table 3: each task's best round against SFT and vanilla PPO, judge "
+                            f"{report['judge']}", table_3)
+    text += "\n" + judges.describe(report) + "\n" if judges.reads(args) else ""
+    means = mean_scores(answers)
     if common.rank() == 0:
-        common.write_jsonl(run.dir / "responses.jsonl", [
-            {"policy": policy, "set": row["set"], "id": row["id"], "prompt": row["prompt"],
-             "response": response, "score": s}
-            for policy in policies
-            for row, response, s in zip(rows, responses[policy], scores[policy])])
+        common.write_jsonl(run.dir / "responses.jsonl", answers.values())
         common.write_text(run.dir / "verdicts.json", json.dumps(verdicts) + "\n")
         common.write_text(run.dir / "tables.json", json.dumps({
-            "judge": kind, "best_round": best, "unseen": unseen, "mean_score": means,
-            "table_3": table_3, "comparisons": every}) + "\n")
+            "judge": report["judge"], "report": report, "best_round": best, "unseen": unseen,
+            "mean_score": means, "table_3": table_3, "comparisons": every}) + "\n")
         common.write_text(run.dir / "tables.md", text)
     common.log("\n" + text)
-    run.finish(judge=kind, best_round=best, mean_score=means)
+    run.finish(judge=report["judge"], report=report, best_round=best, mean_score=means)
 
 
 if __name__ == "__main__":

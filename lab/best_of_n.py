@@ -32,7 +32,7 @@ HPARAMS = {
 def main(argv=None):
     def add_flags(flag):
         flag("--policy", metavar="NAME", help="of 06_ppo (default: pi^SFT)")
-        flag("--judge", choices=("gold", "ensemble"), help="as in stage 08")
+        judges.add_flags(flag)
         flag("--models", nargs="+", metavar="DIR", help="reward models (default: all that are "
              "finished in 04_rm_denoise, 05_rm_contrastive and 07_metarm)")
     args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
@@ -43,7 +43,9 @@ def main(argv=None):
     names = args.models or [name for name in common.finished(args.out)
                             if name.startswith(("04_", "05_", "07_"))]
     paths = {name: common.require(args, name, f"python {name.split('/')[0]}.py") for name in names}
-    kind, voters = judges.choose(args)
+    voters = judges.choose(args, "gold" if args.run.get("world") == "toy" else "ensemble")
+    if judges.reads(args):
+        common.die("the best of n needs a judge that scores: gold or ensemble")
     common.setup(args)
     name = "08_best_of_n" + (f"_{args.policy}" if args.policy else "")
     run = common.begin(args, name, dict.fromkeys(["00_data", "01_sft", source, *names, *voters]),
@@ -67,7 +69,7 @@ def main(argv=None):
             {"set": row["set"], "id": row["id"], "judge": judged[i * n:(i + 1) * n],
              "rewards": {m: r[i * n:(i + 1) * n] for m, r in rewards.items()}}
             for i, row in enumerate(rows)])
-    run.finish(judge=kind, n=n, prompts=len(rows))
+    run.finish(judge=args.judge, n=n, prompts=len(rows))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,15 @@ def final(curves, pick, kind=None):
 
 
 def wins(verdicts, policy, opponent, i):
-    """Share of the prompts i that `policy` wins, by stage 08's verdicts on one set."""
-    return (verdicts[policy][opponent][i] == 1).mean()
+    """Share of the prompts i that `policy` wins, by stage 08's verdicts on one set; those without a
+    verdict (nan) are left out."""
+    found = verdicts[policy][opponent][i]
+    return (found[~np.isnan(found)] == 1).mean()
 
 
 def lead(verdicts, policy, opponent, i):
     """Win minus lose."""
-    return verdicts[policy][opponent][i].mean()
+    return np.nanmean(verdicts[policy][opponent][i])
 
 
 def roughness(y):
@@ -369,10 +371,10 @@ def interval(measure, seeds, rng, replicates=REPLICATES):
 
 
 def as_arrays(data):
-    """Lists of numbers as numpy arrays, all the way down."""
+    """Lists of numbers as numpy arrays, all the way down; None, as in verdicts, is nan."""
     if isinstance(data, dict):
         return {key: as_arrays(value) for key, value in data.items()}
-    return np.array(data) if isinstance(data, list) else data
+    return np.array(data, float if None in data else None) if isinstance(data, list) else data
 
 
 def ledger(collected):

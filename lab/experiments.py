@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
-from lab import base_model, sources  # noqa: E402
+from lab import base_model, judges, sources  # noqa: E402
 from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
 from lab.manifest import (  # noqa: E402
     finished, other_inputs, read_manifest, recorded_flags)
@@ -87,8 +87,11 @@ def name_of(directories):
 def why(out, directories, command=""):
     """Why a stage is to run, or None: it is complete, made with the command's flags, and from what
     is here now."""
-    asked = {"folds": "0", "texts": str("--texts" in command),  # what is not said is meant too
-             **dict(re.findall(r"--(\w+) (\S+)", command))}
+    words = shlex.split(command)
+    asked = {"folds": "0", "texts": str("--texts" in words),  # what is not said is meant too
+             **{a[2:]: b for a, b in zip(words, words[1:]) if a[:2] == "--" and b[:2] != "--"}}
+    if "--judge" in words:
+        asked["both_orders"] = str("--both_orders" in words or None)
     for name in directories:
         if not (out / name / "manifest.json").exists():
             return "missing"
@@ -180,7 +183,11 @@ def plan(args, flags):
         stages = pipeline(rounds, M)
     last = max(i for i, (d, *_) in enumerate(stages)
                if not args.to or name_of(d).startswith(args.to))
+    judge = shlex.join(word for name in judges.FLAGS if (value := getattr(args, name)) is not None
+                       for word in (f"--{name}", *[str(value)] * (value is not True)))
     for directories, purpose, seconds, command in stages[:last + 1]:
+        if judge and (command == "08_evaluate.py" or judges.reads(args) and command[:2] == "03"):
+            command += f" {judge}"
         name, several = name_of(directories), len(directories) > 1  # those keep what is finished
         forced = name.startswith(first) or again and bool(args.start)
         reason = None if args.dry_run else why(out, directories, command)
@@ -375,6 +382,7 @@ def main():
     flag("--M", type=int, help="clean: reward models that vote (default: ten)")
     flag("--folds", type=int, help="clean: each pair is scored by models that did not train on it")
     flag("--texts", action="store_true", help="clean: show texts in doubtful.html")
+    judges.add_flags(flag)
     flag("--seeds", type=int, help="seeds 0 to N-1 (default: 5)")
     flag("--rounds", type=int, help="MetaRM rounds (pipeline: 3, 4 in paper, 1 with --limit; "
          "experiments: 5, 2 with --limit)")
@@ -390,6 +398,9 @@ def main():
         data += [f"--{name}", str(value)] if value is not None else []
     if not args.clean and (args.M or args.folds or args.texts):
         die("--M, --folds and --texts go with clean")
+    if not args.plan and any(getattr(args, name) is not None for name in judges.FLAGS):
+        die("experiments are judged by gold, real data's by the ensemble: --judge goes with the "
+            "pipeline")
     if args.plan and args.seeds is not None:
         die("--seeds goes with experiments")
     args.seeds = 5 if args.seeds is None else args.seeds

@@ -176,7 +176,8 @@ class Stage:
                 f"{'; '.join(different)}: give the same again, or --restart to begin anew")
         self.dir.mkdir(parents=True, exist_ok=True)
         for path in self.dir.iterdir():  # what a killed process wrote after the checkpoint
-            if not found or path.name not in ("metrics.jsonl", "samples.jsonl", found["folder"]):
+            if not found or path.name not in (
+                    "metrics.jsonl", "samples.jsonl", "verdicts.jsonl", found["folder"]):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.metrics_file = open(self.dir / "metrics.jsonl", "a+", encoding="utf-8")
         self.metrics_file.truncate(found.get("metrics_bytes", 0))

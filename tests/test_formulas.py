@@ -639,9 +639,10 @@ def test_verdicts_and_the_best_round():
             for x in ((1.0, 0.5), (0.5, 1.0), (1.0, 1.0 + 1e-12))] == [1, -1, 0]
     scores = {"sft": [0.0] * 8, "round_0": [0.0] * 8, "round_1": [1.0, -1.0] * 4,
               "round_2": [-1.0, 1.0] * 4, "round_3": [1.0, 0.0] * 4}
-    rows = [{}] * 4
-    verdicts = evaluate.judge_all({p: x * 1 for p, x in scores.items()},
-                                  {"eval_harmless": rows, "ood_harmless": rows})
+    verdicts = {name: {p: {o: [*map(evaluate.verdict, x[at:at + 4], scores[o][at:at + 4])]
+                           for o in ("sft", "round_0") if o != p}
+                       for p, x in scores.items() if p != "sft"}
+                for name, at in (("eval_harmless", 0), ("ood_harmless", 4))}
     assert verdicts["eval_harmless"]["round_1"] == {
         "sft": [1, -1, 1, -1], "round_0": [1, -1, 1, -1]}
     best, unseen = evaluate.best_rounds(verdicts)

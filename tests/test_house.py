@@ -12,8 +12,9 @@ PRODUCT = [ROOT / "common.py", *STAGES, *sorted((ROOT / "lab").glob("*.py"))]
 EVERY = PRODUCT + [p for d in ("tests", "bench") for p in sorted((ROOT / d).glob("*.py"))]
 CEILINGS = {"00_data.py": 220, "08_evaluate.py": 200, "09_report.py": 60, "common.py": 450,
             "lab/record.py": 350, "lab/verify.py": 160, "run_all.sh": 120, "README.md": 180}
+# 03 labels and 08 compares by a judge, 06 measures by gold
 OF_LAB = {"00": {"base_model", "formats", "sources", "toy_world"},
-          "06": {"judges"}, "08": {"judges"}, "09": {"page"}}
+          "03": {"judges"}, "06": {"judges"}, "08": {"judges"}, "09": {"page"}}
 # import name: name in requirements.txt, where they differ
 OPTIONAL = {"zstandard"}  # asked for where it is needed
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}

@@ -252,7 +252,7 @@ def test_08_tables_follow_from_the_responses(more_stages):
     from lab.toy_world import gold
     out, codes, _ = more_stages
     assert codes["gold"] == codes["ensemble"] == 0
-    assert json.loads((out / "ensemble/tables.json").read_text())["judge"] == "ensemble"
+    assert json.loads((out / "ensemble/tables.json").read_text())["judge"] == "ensemble, a proxy"
     tables = json.loads((out / "08_evaluate/tables.json").read_text())
     rows = lines(out / "08_evaluate/responses.jsonl")
     verdicts = json.loads((out / "08_evaluate/verdicts.json").read_text())
