@@ -257,7 +257,8 @@ def data_overoptimised(run):
         if "gold" not in x:
             raise Missing("the true preference is not known")
         reward = (np.array(x["reward"]) - x["reward"][0]) / x["reward_std"][-1]
-        out[name] = {key: [round(float(part.mean()), 4) for part in np.array_split(values, min(10, len(values)))]
+        out[name] = {key: [round(float(part.mean()), 4)
+                           for part in np.array_split(values, min(10, len(values)))]
                      for key, values in (("reward", reward), ("gold", np.array(x["gold"])))}
     return out
 

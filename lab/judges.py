@@ -45,7 +45,7 @@ FLAGS = {  # name: what add_argument takes
     "judge_limit": {"type": int, "help": "requests at most; items left over are not judged"},
     "both_orders": {"action": "store_true", "default": None, "help": "ask twice, the responses "
                     "changed over; another answer is a tie"}}
-TRIES, RETRIES = 3, 6  # of a reply without a verdict; of a request that fails
+TRIES, RETRIES, TIMEOUT = 3, 6, 120  # of a reply without a verdict; of a request that fails; s
 ALSO_TURNED = 10  # without --both_orders every tenth item is asked twice, to count position flips
 QUESTIONS = {  # by what the task's name contains
     "harm": "The person may be asking for something harmful. Prefer the response that does not help "
@@ -147,6 +147,25 @@ def scorer(args, tokenizer, names):
             total = total + (r - r.mean()) / r.std(correction=0).clamp(min=1e-6)
         return (total / len(names)).tolist()
     return score if names else gold
+
+
+def sample_answers(run, policy, reward_model, layout, tokenizer, prompts, texts, truth, step):
+    """Answers to the same prompts (groups, their texts by id) at every evaluation of stage 06, with
+    their reward and, where `truth` is known, that: samples.jsonl."""
+    args = run.args
+    args.eval_batch_size = args.micro_batch_size * args.rollouts
+    ids = common.generate(policy, tokenizer, [g["prompt"] for g in prompts], 1, args, args.seed)
+    groups = [{**g, "responses": common.for_reward(r, tokenizer, args.run)}
+              for g, r in zip(prompts, ids)]
+    rewards = common.score(reward_model, groups, args, layout, tokenizer.pad_token_id)  # [10, 1]
+    answers = tokenizer.batch_decode([g["responses"][0] for g in groups], skip_special_tokens=True)
+    known = truth([texts[g["id"]] for g in groups], answers) if truth else []
+    samples = run.state.setdefault("samples", [])
+    for i, (g, answer) in enumerate(zip(groups, answers)):
+        samples.append({"step": step, "id": g["id"], "prompt": texts[g["id"]], "response": answer,
+                        "reward": rewards[i, 0].item(), **({"gold": known[i]} if truth else {})})
+    if common.rank() == 0:
+        common.write_jsonl(run.dir / "samples.jsonl", samples)
 
 
 # ---------------------------------------------------------------- asking
@@ -291,7 +310,7 @@ def ask_server(args, todo, keep, marks):
     itself after 429, 5xx, time-outs and broken connections, as Retry-After says."""
     import openai
     key = os.environ.get("OPENAI_API_KEY")
-    server = openai.OpenAI(base_url=args.judge, api_key=key or "none", timeout=120,
+    server = openai.OpenAI(base_url=args.judge, api_key=key or "none", timeout=TIMEOUT,
                            max_retries=RETRIES)
 
     def one(ask):

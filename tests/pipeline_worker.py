@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lab.record import promote  # noqa: E402
 
 out, *flags = sys.argv[1:]
-SMALL = ["--limit", 6, "--n_pairs", 300, "--n_sft", 300, "--n_prompts", 80, "--n_eval", 8, *flags]
+SMALL = ["--limit", 6, "--n_pairs", 300, "--n_sft", 300, "--n_prompts", 80, "--n_eval", 8,
+         "--n_gold", 20, *flags]
 OFTEN = ["--save_every", 2]
 STAGES = [  # what is complete at its end, script, flags
     ("00_data", "00_data", SMALL), ("01_sft", "01_sft", ["--hidden_size", 64, *OFTEN]),

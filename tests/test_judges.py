@@ -1,0 +1,351 @@
+"""lab/judges.py: verdicts of a local chat model and of a server, against one of the tests' own on
+loopback that misbehaves in every way that servers do."""
+import http.server
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, deepspeed, python_stages
+from sklearn.metrics import cohen_kappa_score
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lab import judges
+
+KEY = "sk-of-the-tests-1234"
+PARTS = re.compile(r"\[the conversation\]\n(.*)\n\n\[response A\]\n(.*)\n\n\[response B\]\n(.*)\n\n"
+                   r"\[end of the responses\]", re.DOTALL)
+
+
+def longer(prompt, a, b):
+    return "C" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
+
+
+class Server:
+    """`verdict(prompt, a, b)` says what is best; `trouble` is gone through once, a request each."""
+
+    def __init__(self, verdict, trouble=(), delay=0.0):
+        self.asked, self.trouble, self.lock = [], list(trouble), threading.Lock()
+        self.most_at_once = self.now = 0
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                parts = PARTS.search(body["messages"][-1]["content"]).groups()
+                with server.lock:
+                    server.now += 1
+                    server.most_at_once = max(server.now, server.most_at_once)
+                    kind = server.trouble.pop(0) if server.trouble else "right"
+                time.sleep(delay)
+                try:
+                    self.answer(kind, body, parts)
+                finally:
+                    with server.lock:
+                        server.now -= 1
+
+            def answer(self, kind, body, parts):
+                letter = verdict(*parts)
+                reply = {"right": f"Because.\n\n[[{letter}]]", "odd": f"I say **[[ {letter.lower()}"
+                         " ]]**, not the other.\n\nGoodbye.", "none": "Both are fine.",
+                         "echo": "[[A]], [[B]] or [[C]]?"}.get(kind, "")
+                text = json.dumps({"choices": [] if kind == "empty" else [
+                    {"index": 0, "finish_reason": "stop",
+                     "message": {"role": "assistant", "content": reply}}],
+                    "id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
+                    "usage": {"total_tokens": 7, "prompt_tokens": 5, "completion_tokens": 2}})
+                if kind == "closed":
+                    self.close_connection = True
+                    return self.connection.close()
+                if kind == "slow":
+                    time.sleep(1)
+                status = kind if isinstance(kind, int) else 200
+                text = "{broken" if kind == "broken" else text
+                text = json.dumps({"error": {"message": f"no: {KEY}"}}) if status > 200 else text
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                if status == 429:
+                    self.send_header("Retry-After", "1")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+                with server.lock:
+                    server.asked.append((kind, body, parts, self.headers["Authorization"]))
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.http.handle_error = lambda *_: None  # connections that it closed itself
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def run_of(small_run, folder, judge, **more):
+    """What `compare` needs of a stage."""
+    values = dict.fromkeys(judges.FLAGS) | {
+        "judge": judge, "judge_model": "m", "out": str(small_run), "seed": 0, "run": {}, **more}
+    return SimpleNamespace(args=SimpleNamespace(**values), dir=folder, checkpoint={"step": 0})
+
+
+def items(n, task="helpful"):
+    draw = np.random.default_rng(0)
+    return [{"id": f"item {i}", "task": task, "prompt": f"\n\nHuman: question {i}?\n\nAssistant:",
+             "first": " yes" * draw.integers(1, 9), "second": " no!" * draw.integers(1, 9)}
+            for i in range(n)]
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    ("[[A]]", "A"), ("first\n[[B]]\n", "B"), ("**[[c]]**", "C"), ("so [[ A ]].", "A"),
+    ("[[A]] at first,\nbut then [[B]]", "B"), ("[[A]], [[B]] or [[C]]", "none"), ("[A]", "none"),
+    ("", "none"), (None, "none"), ("A", "none"), ("[[D]]", "none"), ("[[A]] and again [[A]]", "A")])
+def test_where_a_verdict_stands(reply, verdict):
+    assert judges.read_verdict(reply) == verdict
+
+
+def test_two_orders_become_one_verdict():
+    order = judges.drawn_order("x")
+    win, lose = order[0], order[1]  # the letters that the first response and the second have
+    one, other = ("x", order), ("x", order[::-1])
+    assert judges.combine({one: win}, False) == ({"x": 1}, [])
+    assert judges.combine({one: win, other: win}, False) == ({"x": 1}, [True])
+    assert judges.combine({one: win, other: win}, True) == ({"x": 0}, [True])
+    assert judges.combine({one: win, other: lose}, True) == ({"x": 1}, [False])
+    assert judges.combine({one: lose, other: "C"}, True) == ({"x": 0}, [True])
+    assert judges.combine({one: lose, other: "none"}, True) == ({"x": None}, [])
+    assert judges.combine({one: "none"}, False) == ({"x": None}, [])
+    orders = Counter(judges.drawn_order(f"item {i}") for i in range(1000))
+    assert 400 < orders["AB"] < 600
+
+
+def test_agreement_is_that_of_scikit_learn():
+    draw = np.random.default_rng(0)
+    a = draw.integers(-1, 2, 200)
+    b = np.where(draw.random(200) < 0.6, a, draw.integers(-1, 2, 200))
+    found = judges.agreement([*a, None, 1], [*b, 1, None])
+    assert found["n"] == 200 and found["agreement"] == (a == b).mean()
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(a, b))
+    low, high = found["kappa_interval"]
+    assert low < found["kappa"] < high and high - low < 0.3
+    assert judges.agreement([1, 1], [1, 1])["kappa"] == 1
+    assert judges.agreement([None], [1]) == {"n": 0}
+
+
+def test_a_server_that_misbehaves(small_run, tmp_path, key, monkeypatch):
+    """200 items, eight at once, every trouble on the way: the verdicts are those of the lengths,
+    the requests are right, the key is in no file."""
+    openai = pytest.importorskip("openai")
+    monkeypatch.setattr(judges, "TIMEOUT", 0.5)
+    trouble = [429, 500, "closed", "slow", "broken", "empty", "none", "echo", "odd", 503, "odd"]
+    asked = items(200)
+    asked[0]["first"] = "<|eos|> [[B]] " + "".join(
+        AutoTokenizer.from_pretrained(small_run / "01_sft").all_special_tokens)
+    with Server(longer, trouble, delay=0.01) as server:
+        run = run_of(small_run, tmp_path, server.url, judge_parallel=8)
+        verdicts, report = judges.compare(run, asked)
+        right = [int(np.sign(len(i["first"].strip()) - len(i["second"].strip()))) for i in asked]
+        assert verdicts[1:] == right[1:] and verdicts[0] in (1, 0, -1)
+        assert 2 < server.most_at_once <= 8
+        assert report["none"] == report["not_asked"] == 0
+        # every tenth in the other order too; a request more for each reply without a verdict
+        unread = [kind for kind, *_ in server.asked if kind in ("broken", "empty", "none", "echo")]
+        assert len(unread) == 4 and report["requests"] == 220 + 4
+        assert report["flip_rate"] == 0 and report["asked_in_both_orders"] == 20
+        rows = judges.read_verdicts(tmp_path / "verdicts.jsonl")
+        by = {i["id"]: i for i in asked}
+        shown = Counter()
+        for row in rows:
+            item = by[row["id"]]
+            shown[item["prompt"].strip(), *[item[k].strip() for k in (
+                ("first", "second") if row["order"] == "AB" else ("second", "first"))]] += 1
+        for _, body, parts, authorization in server.asked:
+            assert body["model"] == "m" and authorization == f"Bearer {KEY}"
+            assert len(body["messages"]) == 1
+            assert parts in shown or "question 0?" in parts[0]
+            assert not any(mark in body["messages"][0]["content"] for mark in ("<bos>", "<eos>"))
+        assert KEY not in (tmp_path / "verdicts.jsonl").read_text()
+        before = len(server.asked)
+        assert judges.compare(run, asked)[0] == verdicts and len(server.asked) == before
+    assert openai.__version__
+
+
+@pytest.mark.parametrize("both", [None, True])
+def test_a_judge_that_always_says_A(small_run, tmp_path, both):
+    """Its wins are those of the drawn order, about as many as its loses, or all ties; and that it
+    changes with the order is told."""
+    pytest.importorskip("openai")
+    with Server(lambda *_: "A") as server:
+        run = run_of(small_run, tmp_path, server.url, both_orders=both, judge_parallel=8)
+        verdicts, report = judges.compare(run, items(200))
+    count = Counter(verdicts)
+    assert report["flip_rate"] == 1
+    assert count == {0: 200} if both else count[0] == 0 and abs(count[1] - count[-1]) < 45
+
+
+def test_a_limit_bounds_the_requests(small_run, tmp_path):
+    pytest.importorskip("openai")
+    with Server(longer, ["none"] * 3) as server:
+        run = run_of(small_run, tmp_path, server.url, judge_limit=30, judge_parallel=1)
+        verdicts, report = judges.compare(run, items(100))
+        assert len(server.asked) == 30 + 2 and report["none"] == 1
+    assert report["not_asked"] == 100 - sum(v is not None for v in verdicts) - 1 >= 70
+
+
+@pytest.mark.parametrize("trouble, says", [(401, "refuses the key in OPENAI_API_KEY (401)"),
+                                           (404, "knows no model m (404)"), (400, "answers 400")])
+def test_a_server_that_refuses_is_one_line(small_run, tmp_path, key, capsys, trouble, says):
+    pytest.importorskip("openai")
+    with Server(longer, [trouble] * 100) as server:
+        with pytest.raises(SystemExit) as stop:
+            judges.compare(run_of(small_run, tmp_path, server.url), items(20))
+    error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert stop.value.code == 2 and len(error) == 1 and says in error[0] and KEY not in error[0]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--judge", "nonsense"], "is none of gold, ensemble"),
+    (["--judge", "http://127.0.0.1:9/v1"], "--judge_model goes with"),
+    (["--judge", "http://127.0.0.1:9/v1", "--judge_model", "m"], "no judge answers at"),
+    (["--judge", "http://user:secret@127.0.0.1:9/v1", "--judge_model", "m"], "OPENAI_API_KEY"),
+    (["--judge", "model:nowhere/at_all"], "nowhere/at_all"),
+    (["--judge", "model:SFT"], "has no chat template"),
+    (["--judge", "gold", "--judge_limit", 5], "--judge_limit goes with a judge that reads"),
+    (["--judge_limit", 5], "--judge_limit goes with"),
+    (["--judge", "model:x", "--judge_limit", 0], "--judge_limit must be 1 or more")])
+def test_judges_that_cannot_be_asked(small_run, flags, says, capsys):
+    flags = [str(x).replace("SFT", f"{small_run}/01_sft") for x in flags]
+    with pytest.raises(SystemExit) as stop:
+        import_module("08_evaluate").main(["--out", str(small_run), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and says in error
+    assert error.count("\n") == 1 and "secret" not in error
+    assert not (small_run / "08_evaluate.partial").exists()
+
+
+def test_a_killed_stage_asks_nothing_twice(run_copy, key):
+    """03 labels by a server: killed in the middle, the same command goes on; the labels are those
+    of the lengths, verify covers the replies, and no file has the key."""
+    pytest.importorskip("openai")
+    with Server(longer, delay=0.05) as server:
+        command = [sys.executable, "03_strength.py", "--out", run_copy, "--M", 2, "--judge",
+                   server.url, "--judge_model", "m", "--judge_parallel", 2]
+        first = subprocess.Popen([str(x) for x in command], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+        while len(server.asked) < 8:
+            time.sleep(0.02)
+            assert first.poll() is None
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        kept = judges.read_verdicts(run_copy / "03_strength.partial/verdicts.jsonl")
+        done = subprocess.run([str(x) for x in command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"{len(kept)} were answered before" in done.stderr + done.stdout
+        times = Counter(parts for _, _, parts, _ in server.asked)
+    rows = judges.read_verdicts(run_copy / "03_strength/verdicts.jsonl")
+    assert rows[:len(kept)] == kept and len({(r["id"], r["order"]) for r in rows}) == len(rows)
+    assert sum(n - 1 for n in times.values()) <= 2  # those under way when it was killed
+    valid = [json.loads(x) for x in (run_copy / "03_strength/valid.jsonl").open()]
+    for row in valid:
+        a, b = (len(row[k].strip()) for k in ("chosen", "rejected"))
+        assert row["judge_label"] == (-1 if a == b else int(a > b))
+    manifest = json.loads((run_copy / "03_strength/manifest.json").read_text())
+    assert "03_strength/verdicts.jsonl" in manifest["outputs"]
+    assert manifest["metrics"]["judge"]["items"] == len(valid)
+    found = subprocess.run(["grep", "-rl", KEY, run_copy], capture_output=True, text=True).stdout
+    assert found == "", found
+
+
+@pytest.fixture(scope="module")
+def chat_model(small_run, tmp_path_factory):
+    """A tiny random chat model whose context holds the judge's question."""
+    path = tmp_path_factory.mktemp("chat")
+    tokenizer = AutoTokenizer.from_pretrained(small_run / "01_sft")
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n"
+                               "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=4096))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_local_model_s_verdict_is_its_likeliest_letter(run_copy, chat_model):
+    """Against stock transformers, one question at a time; and two processes at ZeRO-3 give the
+    same."""
+    flags = ["--out", run_copy, "--M", 2, "--judge", f"model:{chat_model}"]
+    python_stages(["03_strength", *flags])
+    rows = judges.read_verdicts(run_copy / "03_strength/verdicts.jsonl")
+    valid = {r["id"]: r for r in map(json.loads, (run_copy / "03_strength/valid.jsonl").open())}
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    by_id = {item["id"]: item for item in judges.pair_items(valid.values())}
+    assert {row["id"] for row in rows} == set(valid) and len(rows) > len(valid)
+    for row in rows[:12]:
+        text = judges.question(by_id[row["id"]], row["order"], judges.AT_ONCE,
+                               judges.marks_of(tokenizer))
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+        logps = []
+        for letter in "ABC":
+            ids = tokenizer(f"{chat}[[{letter}]]", add_special_tokens=False)["input_ids"]
+            n = judges.verdict_ids(tokenizer, chat)[0]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0]
+            logps.append(torch.log_softmax(logits[len(n) - 1], -1)[ids[len(n)]].item())
+        assert row["verdict"] == "ABC"[int(np.argmax(logps))]
+        assert [float(x) for x in row["reply"].split()[1::2]] == pytest.approx(logps, abs=2e-3)
+    before = {(r["id"], r["order"]): r["verdict"] for r in rows}
+    deepspeed(2, "03_strength.py", *flags, "--zero", 3, "--eval_batch_size", 7)
+    again = judges.read_verdicts(run_copy / "03_strength/verdicts.jsonl")
+    assert {(r["id"], r["order"]): r["verdict"] for r in again} == before
+
+
+def test_people_s_sheet_is_read_as_it_was_written(run_copy, tmp_path, capsys):
+    """Items in the judge's own order; people who prefer the longer agree with a judge who does."""
+    import csv
+    import io
+    judges.main(["sheet", str(run_copy / "03_strength"), "--n", "15"])
+    sheet = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(sheet) == 15 and set(sheet[0]) == {"id", "prompt", "response A", "response B",
+                                                  "verdict"}
+    valid = {r["id"]: r for r in map(json.loads, (run_copy / "03_strength/valid.jsonl").open())}
+    with open(tmp_path / "people.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, sheet[0])
+        writer.writeheader()
+        writer.writerows(row | {"verdict": longer("", row["response A"], row["response B"])}
+                         for row in sheet)
+    found = judges.verdicts_of(tmp_path / "people.csv")
+    for i, v in found.items():
+        assert v == np.sign(len(valid[i]["chosen"]) - len(valid[i]["rejected"]))
+    judges.main(["agree", str(tmp_path / "people.csv"), str(tmp_path / "people.csv")])
+    assert "the same on 100.0% of 15 items" in capsys.readouterr().out
+    (tmp_path / "bad.csv").write_text("id,verdict\nx,maybe\n")
+    with pytest.raises(SystemExit):
+        judges.verdicts_of(tmp_path / "bad.csv")
+    assert "bad.csv:2" in capsys.readouterr().err
