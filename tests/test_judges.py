@@ -184,7 +184,7 @@ def test_a_server_that_misbehaves(small_run, tmp_path, key, monkeypatch):
                 ("first", "second") if row["order"] == "AB" else ("second", "first"))]] += 1
         for _, body, parts, authorization in server.asked:
             assert body["model"] == "m" and authorization == f"Bearer {KEY}"
-            assert len(body["messages"]) == 1
+            assert len(body["messages"]) == 1 and body["temperature"] in (0, 0.7)
             assert parts in shown or "question 0?" in parts[0]
             assert not any(mark in body["messages"][0]["content"] for mark in ("<bos>", "<eos>"))
         assert KEY not in (tmp_path / "verdicts.jsonl").read_text()
@@ -349,3 +349,17 @@ def test_people_s_sheet_is_read_as_it_was_written(run_copy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         judges.verdicts_of(tmp_path / "bad.csv")
     assert "bad.csv:2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("judge, stages", [("model:some/chat", ["03", "08"]), ("gold", ["08"])])
+def test_the_driver_hands_the_judge_on(tmp_path, monkeypatch, capsys, judge, stages):
+    from lab import experiments
+    both = ["--both_orders"] * (judge != "gold")
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "--plan", "--out", str(tmp_path / "out"),
+                                      "--judge", judge, *both])
+    experiments.main()
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    told = {row[1][:2]: row[4] for row in rows if "--judge" in row[4]}
+    assert list(told) == stages
+    assert all(f"--judge {judge}" in x and ("--both_orders" in x) == bool(both)
+               for x in told.values())
