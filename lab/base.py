@@ -35,7 +35,7 @@ locks = {}
 # hyperparameters that 0 would make meaningless, and those that are a share
 POSITIVE = {"epochs", "lr", "actor_lr", "critic_lr", "temperature", "top_p", "repetition_penalty",
             "simcse_tau", "swav_tau", "epsilon", "reward_clip", "clip", "value_clip"}
-SHARES = {"warmup", "top_p", "gamma", "dropout", "valid_fraction"}
+SHARES = {"warmup", "top_p", "gamma", "lam", "dropout", "valid_fraction"}
 
 
 # ---------------------------------------------------------------- processes

@@ -31,6 +31,7 @@ FLAGS = [
     ("05_rm_contrastive", ["--epsilon", "inf"], "--epsilon"),
     ("06_ppo", ["--top_p", 2], "--top_p"), ("06_ppo", ["--top_p", 0], "--top_p"),
     ("06_ppo", ["--kl_beta", -1], "--kl_beta"), ("06_ppo", ["--temperature", 0], "--temperature"),
+    ("06_ppo", ["--lam", 2], "--lam"),
     ("06_ppo", ["--rollouts", 0], "--rollouts"), ("07_metarm", ["--k", 1], "--k"),
     ("07_metarm", ["--eta", -0.1], "--eta"), ("07_metarm", ["--first_samples", "x"], "--first_sam"),
     ("08_evaluate", ["--repetition_penalty", 0], "--repetition_penalty")]
