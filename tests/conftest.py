@@ -53,7 +53,8 @@ def small_run(tmp_path_factory):
     flags = ["--out", out]
     python_stages([
         "00_data", *flags, "--preset", "toy", "--n_pairs", 400, "--n_sft", 400, "--n_prompts", 100,
-        "--n_eval", 20, "--n_gold", 50], ["01_sft", *flags, "--limit", 60, "--hidden_size", 64, "--layers", 2],
+        "--n_eval", 20, "--n_gold", 50],
+                  ["01_sft", *flags, "--limit", 60, "--hidden_size", 64, "--layers", 2],
                   ["02_rm_ensemble", *flags, "--M", 2, "--limit", 5],
                   ["03_strength", *flags, "--M", 2],
                   ["04_rm_denoise", *flags, "--methods", "baseline", "--limit", 10],

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, deepspeed, run
+from conftest import ROOT, deepspeed, python_stages, run
 from safetensors.torch import load_file
 from scipy.stats import norm
 
@@ -348,6 +348,31 @@ def test_advantages_live_on_response_tokens(small_run, monkeypatch):
     assert (returns[~flat[2]] == 0).all()
     inside = whitened[flat[2]]
     assert inside.mean().abs() < 1e-5 and inside.std(correction=0) == pytest.approx(1, abs=1e-4)
+
+
+def test_ppo_under_the_vote(run_copy):
+    """The ensemble's standardised mean, less its std, against numpy; the manifest says what the
+    reward was and whose."""
+    from lab import ppo_reward
+    python_stages(["lab.ppo_reward", "--out", run_copy, "--reward", "mean_std", "--rm", "baseline",
+                   "--name", "vote", "--limit", 1])
+    manifest = json.loads((run_copy / "06_ppo/vote/manifest.json").read_text())
+    assert manifest["hyperparameters"]["reward"] == "mean_std"
+    assert manifest["script"] == "lab/ppo_reward.py"
+    members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(2)]
+    assert {f"{m}/model.safetensors" for m in members} <= set(manifest["inputs"])
+    args = SimpleNamespace(out=str(run_copy), precision="fp32", eval_batch_size=4,
+                           layout="separate", run=json.loads((run_copy / "run.json").read_text()))
+    tokenizer = common.load_tokenizer(run_copy / "01_sft")
+    _, groups = common.encode_pairs(tokenizer, lines(run_copy / "03_strength/valid.jsonl"),
+                                    args.run)
+    told = np.array([row[f"{side}_score_list"] for side in ("chosen", "rejected")
+                     for row in lines(run_copy / "03_strength/train.jsonl")])           # [2N, M]
+    z = np.stack([(common.score_by(run_copy / m, groups[:6], args, tokenizer).numpy() - center) / s
+                  for m, center, s in zip(members, told.mean(0), told.std(0, ddof=1))])
+    for name, expected in (("mean", z.mean(0)), ("mean_std", z.mean(0) - z.std(0))):
+        found = ppo_reward.REWARDS[name](groups[:6], args, tokenizer)
+        np.testing.assert_allclose(found.detach(), expected, atol=1e-4)
 
 
 def test_ppo_learns_to_emit_a_token(run_copy):
