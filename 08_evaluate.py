@@ -60,12 +60,6 @@ def compare(verdicts):
     return out
 
 
-def mean_verdict(verdicts):
-    """Win minus lose of the verdicts that are there; 0 where none is."""
-    told = [v for v in verdicts if v is not None]
-    return sum(told) / max(1, len(told))
-
-
 def best_rounds(verdicts):
     """{task: its best round}: highest win minus lose against SFT, that is mean verdict, on the
     prompts of even place in eval_TASK; the first of equals. → that, and {set: places of the
@@ -73,8 +67,9 @@ def best_rounds(verdicts):
     best, unseen = {}, {}
     for name, policies in verdicts.items():
         kind, task = name.split("_", 1)
-        lead = {p: mean_verdict(against["sft"][::2]) for p, against in policies.items()
-                if p.startswith("round_") and p != "round_0"}
+        lead = {p: sum(told) / len(told) for p, against in policies.items()
+                if p.startswith("round_") and p != "round_0"
+                and (told := [v for v in against["sft"][::2] if v is not None])}
         if kind == "eval" and lead:
             best[task] = max(lead, key=lead.get)
         n = len(next(iter(policies.values()))["sft"])
@@ -88,8 +83,8 @@ def tables(verdicts, best, unseen):
     for name, policies in sorted(verdicts.items()):
         for policy, against in policies.items():
             for opponent, v in against.items():
-                row, rest = {"set": name, "policy": policy, "opponent": opponent}, [
-                    v[i] for i in unseen[name]]
+                row = {"set": name, "policy": policy, "opponent": opponent}
+                rest = [v[i] for i in unseen[name]]
                 chosen = policy == best.get(name.split("_", 1)[1]) and opponent != "baseline"
                 if any(x is not None for x in v):
                     every.append(row | compare(v))
@@ -150,7 +145,12 @@ def mean_scores(answers):
 
 
 def main(argv=None):
-    args = common.parse_args(__doc__, HPARAMS, judges.add_flags, argv)
+    def add_flags(flag):
+        judges.add_flags(flag)
+        flag("--name", help="write 08_evaluate_NAME: a second judge beside the first")
+    args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
+    if args.name and not common.is_name(args.name):
+        common.die(f"--name {args.name} cannot be part of a directory's name")
     data = common.require(args, "00_data", "python 00_data.py")
     common.require(args, "01_sft", "python 01_sft.py")
     common.require(args, "06_ppo/round_0", "python 06_ppo.py --round 0")
@@ -158,7 +158,9 @@ def main(argv=None):
     common.setup(args)
     policies = {"sft": "01_sft"} | {name.split("/")[1]: name for name in common.finished(args.out)
                                     if name.startswith("06_ppo/")}
-    run = common.begin(args, "08_evaluate", ["00_data", *policies.values(), *read])
+    name = "08_evaluate" + (f"_{args.name}" if args.name else "")
+    run = common.begin(args, name, ["00_data", *policies.values(), *read],
+                       script="08_evaluate.py")
     tokenizer = common.load_tokenizer(Path(args.out) / "01_sft")
 
     files = [*sorted(data.glob("eval_*.jsonl")), *sorted(data.glob("ood_*.jsonl"))]

@@ -280,6 +280,8 @@ def code_hashes(script):
         files |= {str(p.relative_to(HERE)): sha256(p)  # and the data beside it
                   for p in (HERE / name).parent.glob(f"{Path(name).stem}.*") if p.is_file()}
         for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "stage_of":
+                todo += [a.value for a in node.args if isinstance(a, ast.Constant)]  # lab's own
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 module = getattr(node, "module", None)
                 names = [f"{module}.{a.name}" if module else a.name for a in node.names]

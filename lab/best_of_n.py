@@ -32,7 +32,7 @@ HPARAMS = {
 def main(argv=None):
     def add_flags(flag):
         flag("--policy", metavar="NAME", help="of 06_ppo (default: pi^SFT)")
-        judges.add_flags(flag)
+        flag("--judge", choices=("gold", "ensemble"), help="as in stage 08")
         flag("--models", nargs="+", metavar="DIR", help="reward models (default: all that are "
              "finished in 04_rm_denoise, 05_rm_contrastive and 07_metarm)")
     args = common.parse_args(__doc__, HPARAMS, add_flags, argv)
@@ -44,8 +44,6 @@ def main(argv=None):
                             if name.startswith(("04_", "05_", "07_"))]
     paths = {name: common.require(args, name, f"python {name.split('/')[0]}.py") for name in names}
     voters = judges.choose(args, "gold" if args.run.get("world") == "toy" else "ensemble")
-    if judges.reads(args):
-        common.die("the best of n needs a judge that scores: gold or ensemble")
     common.setup(args)
     name = "08_best_of_n" + (f"_{args.policy}" if args.policy else "")
     run = common.begin(args, name, dict.fromkeys(["00_data", "01_sft", source, *names, *voters]),

@@ -193,8 +193,8 @@ def wider_differences(where):
 
 
 def rise_by_first_order(d, pick):
-    return np.mean([held["rise"]["measured"] / held["rise"]["first_order"]
-                    for held in d["figure_16"].values()])
+    rises = [held["rise"] for held in d["figure_16"].values()]
+    return np.mean([r["measured"] / (r["first_order"] or np.nan) for r in rises])  # eta may be 0
 
 
 def tasks(d, kind="eval_"):

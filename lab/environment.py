@@ -12,7 +12,7 @@ def lacks(requirements=None):
     for line in open(requirements) if requirements else []:
         name = line.split("==")[0].strip()
         try:
-            name.startswith("#") or not name or version(name)
+            name.startswith("#") or "# optional" in line or not name or version(name)
         except PackageNotFoundError:
             missing.append(name)
     if missing:

@@ -91,6 +91,7 @@ def why(out, directories, command=""):
     asked = {"folds": "0", "texts": str("--texts" in words),  # what is not said is meant too
              **{a[2:]: b for a, b in zip(words, words[1:]) if a[:2] == "--" and b[:2] != "--"}}
     if "--judge" in words:
+        asked = dict.fromkeys(judges.FLAGS, "None") | asked
         asked["both_orders"] = str("--both_orders" in words or None)
     for name in directories:
         if not (out / name / "manifest.json").exists():
@@ -106,7 +107,8 @@ def why(out, directories, command=""):
                 if new and len(new) < len(files):  # else the project has moved, and its files
                     return f"was made without {new[0]}, which is there now"
         for flag, value in asked.items():
-            if str(manifest["hyperparameters"].get(flag, value)) != value:
+            if flag != "judge_parallel" and \
+                    str(manifest["hyperparameters"].get(flag, value)) != value:
                 return f"was made with another --{flag}"
         if name == "08_evaluate":
             read = {path.rsplit("/", 1)[0] for path in manifest["inputs"]}
@@ -185,6 +187,9 @@ def plan(args, flags):
                if not args.to or name_of(d).startswith(args.to))
     judge = shlex.join(word for name in judges.FLAGS if (value := getattr(args, name)) is not None
                        for word in (f"--{name}", *[str(value)] * (value is not True)))
+    if args.judge not in (None, "ensemble") and not args.dry_run:  # told now, not after hours
+        world = run.get("world") if run else None if "--preferences" in flags else "toy"
+        judges.choose(SimpleNamespace(**vars(args), run={"world": world}, hparams={}))
     for directories, purpose, seconds, command in stages[:last + 1]:
         if judge and (command == "08_evaluate.py" or judges.reads(args) and command[:2] == "03"):
             command += f" {judge}"
@@ -230,7 +235,7 @@ def pairs_table(rounds, usual, alpha):
     """The pipeline without its page, and every experiment, in order; `usual`: stage 07's eta."""
     strengths = [f"{x:g}" for x in sorted({alpha, *(usual * f for f in (0.1, 1, 10, 100))})]
     served = {"joint": strengths, "theta_prime": [f"{usual:g}", f"{usual * 10:g}"],
-              "weights": ["0.3", "1"]}  # whose eta is another thing: one std is one e-fold
+              "weights": ["0.03", "0.1", "0.3", "1"]}  # whose eta is another: an e-fold for a std
     variants = [(variant, eta) for variant, etas in served.items() for eta in etas]
     shifted = ["04_rm_denoise/baseline", *(f"07_metarm/eta_{eta}" for eta in strengths),
                *(f"07_metarm/{variant}_{eta}" for variant, eta in variants)]
@@ -270,9 +275,10 @@ def pairs_table(rounds, usual, alpha):
         *(([f"07_metarm/{variant}_{eta}"], "MetaRM's variants", 30,
            f"lab/metarm_variants.py --variant {variant} --round 1 --eta {eta} --equation_17 0 "
            f"--name {variant}_{eta}") for variant, eta in variants),
-        *(([f"06_ppo/{variant}"], "MetaRM's variants", 45, f"06_ppo.py --rm {variant}_{eta} "
-           f"--start round_0 --name {variant} --seed 9{{seed}}1") for variant, eta in (
-               ("joint", f"{usual:g}"), ("theta_prime", f"{usual:g}"), ("weights", "1"))),
+        *(([f"06_ppo/{name}"], "MetaRM's variants", 45, f"06_ppo.py --rm {rm} "
+           f"--start round_0 --name {name} --seed 9{{seed}}1") for name, rm in (
+               ("joint", f"joint_{usual:g}"), ("theta_prime", f"theta_prime_{usual:g}"),
+               ("weights", "weights_1"), ("weights_mild", "weights_0.1"))),
         (["08_best_of_n_round_0"], "who orders the shifted policy's samples", 30,
          f"lab/best_of_n.py --policy round_0 --n {{few}} --models {' '.join(shifted)}"),
         (["06_ppo/metarm"], "over-optimisation", 40,

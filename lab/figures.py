@@ -237,16 +237,17 @@ def data_variants(run):
                 "accuracy": next(metrics[k] for k in ("accuracy_gold", "accuracy_judge",
                                                       "accuracy_original") if k in metrics)}
     for name in common.finished(folder):
-        kind, _, eta = name.rpartition("_")
-        if kind in VARIANTS:
+        path, hyper = f"07_metarm/{name}", read(folder / name / "manifest.json")["hyperparameters"]
+        kind = hyper.get("variant") or "eta" * name.startswith("eta_")
+        if kind in VARIANTS and path in samples[0]["rewards"]:
             held = read(folder / name / "held_back.json")
-            out[name] = model(f"07_metarm/{name}", kind, float(eta), held["theta"]["J"])
+            out[name] = model(path, kind, hyper["eta"], held["theta"]["J"])
             vanilla = held["vanilla"]["J"]                                         # the same in all
     if not out:
-        raise Missing(f"{folder} has no eta_* and no variant")
+        raise Missing(f"{folder} has no eta_* and no variant that round 0's samples were scored by")
     out = dict(sorted(out.items(), key=lambda x: (list(VARIANTS).index(x[1]["kind"]), x[1]["eta"])))
     return {"models": {"vanilla": model("04_rm_denoise/baseline", "vanilla", 0.0, vanilla)} | out,
-            **evaluated(run, ["round_1", "more_1", *VARIANTS], ("eval_",))}
+            **evaluated(run, ["round_1", "more_1", *VARIANTS, "weights_mild"], ("eval_",))}
 
 
 def data_overoptimised(run):
@@ -649,12 +650,16 @@ def draw_variants(seeds, within=0.01):
             best = max(equal, key=lambda m: np.mean(value[m][0]))
             table.append([f"{text}: widest J within {within} of vanilla's accuracy, eta "
                           f"{models[best]['eta']:g}", *map(cell, value[best])])
-    names = {"round_1": "MetaRM", "more_1": "the vanilla RM once more", **VARIANTS}
+    order = scipy.stats.spearmanr(*(  # of all models: does a wider J go with a better order?
+        [np.mean(value[m][k]) for m in models] for k in (0, 2))).statistic
+    table.append(["rank correlation of J and tau over the models", "", "", f"{order:.2f}"])
+    names = {"round_1": "MetaRM", "more_1": "the vanilla RM once more", **VARIANTS,
+             "weights": "pair weights, eta 1", "weights_mild": "pair weights, eta 0.1"}
     wins = pooled([d["comparisons"] for d in seeds], ("round_0",), ("eval_",), list(names))[1:]
     sets = {row[0] for row in wins if row[1] in VARIANTS}  # not the summary task's, which has none
     return show(panels, width=3.6), table + [
-        [f"PPO under {names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %", f"tie {r[4]} %",
-         f"lose {r[5]} %"] for r in wins if r[0] in sets]
+        [f"PPO under {names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %", f"lose {r[5]} %",
+         f"win minus lose {int(r[3]) - int(r[5])}"] for r in wins if r[0] in sets]
 
 
 def draw_overoptimised(seeds):

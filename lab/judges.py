@@ -20,7 +20,7 @@ twice.
 import argparse
 import concurrent.futures
 import csv
-import itertools
+import hashlib
 import json
 import os
 import random
@@ -42,7 +42,8 @@ FLAGS = {  # name: what add_argument takes
     "judge": {"metavar": "JUDGE", "help": "gold, ensemble, model:PATH_OR_ID or http://HOST/v1"},
     "judge_model": {"metavar": "NAME", "help": "the server's model"},
     "judge_parallel": {"type": int, "help": "requests at once (4)"},
-    "judge_limit": {"type": int, "help": "requests at most; items left over are not judged"},
+    "judge_limit": {"type": int, "help": "replies at most, in each stage; the items left over, in "
+                    "a drawn order, are not judged"},
     "both_orders": {"action": "store_true", "default": None, "help": "ask twice, the responses "
                     "changed over; another answer is a tie"}}
 TRIES, RETRIES, TIMEOUT = 3, 6, 600  # of a reply without a verdict; of a request that fails; s
@@ -87,8 +88,9 @@ def add_flags(flag):
 def choose(args, default=None):
     """Settle args.judge and its flags, and record them. → what it reads, for the manifest: the
     voters' directories, or the files of a local model. Stops where the judge cannot be asked."""
-    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
-    kind = args.judge = args.judge or default
+    given = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
+    vars(args).update(dict.fromkeys(FLAGS) | given | {"judge": args.judge or default})
+    kind = args.judge
     args.hparams |= {name: getattr(args, name) for name in FLAGS if name != "judge_parallel"}
     if not kind:
         if given:
@@ -204,7 +206,8 @@ def meaning(verdict, order):
 
 
 def read_verdicts(path):
-    """Rows of verdicts.jsonl, without a line that a killed process left half written."""
+    """Rows of verdicts.jsonl, without a line that a killed process left half written. Each has a
+    digest of its question: what is sampled anew on another machine may be another text."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -214,9 +217,12 @@ def read_verdicts(path):
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def settled(rows):
-    """{(id, order): A, B, C or none} of what need not be asked again."""
-    return {(row["id"], row["order"]): row["verdict"] for row in rows if row["final"]}
+def settled(rows, questions=None):
+    """{(id, order): A, B, C or none} of what need not be asked again; with `questions`, {(id,
+    order): digest}, of those only."""
+    return {key: row["verdict"] for row in rows if row["final"] and (
+        not questions or questions.get((row["id"], row["order"])) == row["question"])
+        for key in [(row["id"], row["order"])]}
 
 
 def combine(verdicts, both):
@@ -245,27 +251,33 @@ def compare(run, items):
         order = drawn_order(item["id"])
         twice = args.both_orders or i % ALSO_TURNED == 0
         asks += [(item, order), (item, order[::-1])][:1 + twice]
-    asks = asks[:args.judge_limit]
-    done = settled(common.from_rank_0(lambda: read_verdicts(path)))
+    limit = args.judge_limit or len(asks)
+    asks = asks[:limit - limit % 2 if args.both_orders else limit]
+    texts = [question(*ask, REASON, marks) for ask in asks]
+    digests = {(item["id"], order): hashlib.sha256(text.encode()).hexdigest()[:16]
+               for (item, order), text in zip(asks, texts)}
+    before = common.from_rank_0(lambda: read_verdicts(path))
+    done = settled(before, digests)
     todo = [ask for ask in asks if (ask[0]["id"], ask[1]) not in done]
-    size = sum(len(question(*ask, REASON, marks)) for ask in todo)
-    common.log(f"judge {title(args)}: {len(todo)} requests, about {size // 4} tokens of text"
-               + f"; {len(asks) - len(todo)} were answered before" * (len(todo) < len(asks)))
+    todo.sort(key=lambda ask: len(question(*ask, REASON, marks)))  # little padding
+    common.log(f"judge {title(args)}: {len(todo)} requests, about {sum(map(len, texts)) // 4} "
+               "tokens of text" + f"; {len(done)} were answered before" * bool(done))
 
     def keep(ask, reply, verdict, tokens, final=True):
         row = {"id": ask[0]["id"], "order": ask[1], "model": args.judge_model or args.judge,
-               "verdict": verdict, "final": final, "reply": reply, "tokens": tokens}
+               "question": digests[ask[0]["id"], ask[1]], "verdict": verdict, "final": final,
+               "reply": reply, "tokens": tokens}
         with lock, open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     if args.judge.startswith("model:"):
         todo and ask_model(args, todo, keep, marks)
-    else:  # a few at a time: the other processes wait in a collective, which has a time limit
-        asking = ask_server(args, todo, keep, marks) if common.rank() == 0 else ()
-        while common.from_rank_0(lambda: sum(1 for _ in itertools.islice(asking, 16))):
+    else:  # a minute at a time: the other processes wait in a collective, which has a time limit
+        left = args.judge_limit - len(before) if args.judge_limit else None
+        asking = ask_server(args, todo, keep, marks, left) if common.rank() == 0 else None
+        while common.from_rank_0(lambda: next(asking, None)) is not None:
             pass
-    rows, wanted = common.from_rank_0(lambda: read_verdicts(path)), {(i["id"], o) for i, o in asks}
-    found, flips = combine({k: v for k, v in settled(rows).items() if k in wanted},
-                           args.both_orders)
+    rows = common.from_rank_0(lambda: read_verdicts(path))
+    found, flips = combine(settled(rows, digests), args.both_orders)
     verdicts = [found.get(item["id"]) for item in items]
     report = {"judge": title(args), "items": len(items), "requests": len(rows),
               "not_asked": len(items) - len(found),
@@ -305,24 +317,35 @@ def check_server(args):
         common.die("--judge http://...: pip install openai (requirements.txt has the version)")
 
 
-def ask_server(args, todo, keep, marks):
-    """Ask a server, several requests at once, and yield after each; the client waits and retries by
-    itself after 429, 5xx, time-outs and broken connections, as Retry-After says."""
+def ask_server(args, todo, keep, marks, left):
+    """Ask a server, several requests at once and `left` in all, and yield at least once a minute;
+    the client waits and retries by itself after 429, 5xx, time-outs and broken connections, as
+    Retry-After says. What refuses one question (its length, its content) after others were
+    answered is no verdict on it."""
     import openai
-    key = os.environ.get("OPENAI_API_KEY")
+    key, state, lock = os.environ.get("OPENAI_API_KEY"), {"sent": 0, "answers": 0}, threading.Lock()
     server = openai.OpenAI(base_url=args.judge, api_key=key or "none", timeout=TIMEOUT,
                            max_retries=RETRIES)
 
     def one(ask):
         messages = [{"role": "user", "content": question(*ask, REASON, marks)}]
         for n in range(1, TRIES + 1):
+            with lock:
+                if left is not None and state["sent"] >= left:
+                    return
+                state["sent"] += 1
             tokens = 0
             try:
                 answer = server.chat.completions.create(  # the same again would say the same
                     model=args.judge_model, messages=messages, max_tokens=512,
                     temperature=0.0 if n == 1 else 0.7)
+                tokens = getattr(answer.usage, "total_tokens", None) or 0
                 reply = answer.choices[0].message.content or ""
-                tokens = answer.usage.total_tokens if answer.usage else 0
+                state["answers"] += 1
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if not state["answers"]:
+                    raise
+                return keep(ask, f"(refused: {error.status_code})", "none", 0)
             except (openai.APIResponseValidationError, ValueError, AttributeError, TypeError,
                     IndexError) as error:
                 reply = f"(no answer: {type(error).__name__})"
@@ -333,10 +356,14 @@ def ask_server(args, todo, keep, marks):
                 return
     with concurrent.futures.ThreadPoolExecutor(args.judge_parallel or 4) as pool:
         asked = [pool.submit(one, ask) for ask in todo]
+        waiting, bar = set(asked), common.progress(asked, "judging")
         try:
-            for future in common.progress(concurrent.futures.as_completed(asked), "judging",
-                                          len(asked)):
-                yield future.result()
+            while waiting:
+                done, waiting = concurrent.futures.wait(
+                    waiting, 60, concurrent.futures.FIRST_COMPLETED)
+                bar.update(len([future.result() for future in done]))
+                yield len(waiting)
+            bar.close()
         except openai.APIError as error:
             status = getattr(error, "status_code", None)
             why = {401: "refuses the key in OPENAI_API_KEY (401)",
@@ -355,7 +382,8 @@ def ask_model(args, todo, keep, marks):
     path = args.judge.removeprefix("model:")
     tokenizer = common.load_tokenizer(path)
     model = common.frozen(common.load_policy(path, args), args, shard=True)
-    longest = getattr(model, "module", model).config.max_position_embeddings
+    config = getattr(model, "module", model).config
+    longest = getattr(config, "max_position_embeddings", None) or 10**9  # BLOOM's has none
     marks = re.compile(f"{marks.pattern}|{marks_of(tokenizer).pattern}")
 
     def encode(ask):
@@ -387,6 +415,8 @@ def verdict_ids(tokenizer, text):
     apart, however "[[A" is cut into tokens."""
     whole = [tokenizer(f"{text}[[{v}]]", add_special_tokens=False)["input_ids"] for v in "ABC"]
     n = next(i for i, ids in enumerate(zip(*whole)) if len(set(ids)) > 1)
+    if len({ids[n] for ids in whole}) < 3:
+        common.die("the judge's tokenizer does not tell A, B and C apart after [[")
     return whole[0][:n], [ids[n] for ids in whole]
 
 
@@ -430,9 +460,9 @@ def verdicts_of(source):
     if not path.exists():
         common.die(f"{path} is missing: a judge that reads (model:..., http://...) writes it")
     if path.suffix != ".csv":
-        rows = common.read_jsonl(path)
-        found = settled(rows)
-        return combine(found, all((i, o[::-1]) in found for i, o in found))[0]
+        made = path.with_name("manifest.json")
+        both = common.read_json(made)["hyperparameters"]["both_orders"] if made.exists() else False
+        return combine(settled(common.read_jsonl(path)), both)[0]
     out = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         for n, row in enumerate(csv.DictReader(file), 2):

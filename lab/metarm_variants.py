@@ -6,7 +6,7 @@ line after it; eta is its strength, and at eta 0 all of them are the vanilla rew
                   (docs/readings.md: why theta, which stage 07 saves, lies below it on J)
     weights       what the text below Eq. 17 says and Algorithm 1 does not do: "can learn more
                   about" the pairs whose loss falls as J rises. Pair i weighs n softmax(-eta d_i /
-                  std(d)), d_i the derivative of L_i along grad J, by one more forward pass
+                  std(d)), d_i the derivative of L_i along grad J, by two more forward passes
     joint         the plain joint objective L - eta J: one gradient of both
 
     deepspeed lab/metarm_variants.py --variant joint --round 1 --eta 0.1 --name joint_0.1
@@ -67,7 +67,9 @@ def pair_losses(rm, X):
 
 def derivatives(rm, X_t, X_s):
     """Derivative of each L_i of this rank's share along grad J / ||grad J||, from the losses before
-    and after a small step of ascent."""
+    and after a small step of ascent: in fp32 only, bf16 does not see it."""
+    if rm.run.args.precision != "fp32":
+        common.die("the variant `weights` needs --precision fp32: its step is too small for bf16")
     before = pair_losses(rm, X_t)
     metarm.backward(rm, metarm.difference_loss, X_s)
     squares = [metarm.safe_get_full_grad(p).double().square().sum() for p in rm.engine.parameters()]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import jinja2
 
-from lab import figures
+from lab import figures, judges
 from lab.base import die, log, progress, read_json, write_text
 from lab.claims import MIN_SEEDS, VERDICTS, ledger
 from lab.manifest import finished, head, recorded_flags
@@ -41,9 +41,21 @@ def commands(run, patterns):
                               for m in map(read_json, found)))
 
 
+def judge_of(manifests):
+    """Who labelled the validation pairs (where a judge that reads did) and compared policies."""
+    found = {name: manifests.get(stage, {}).get("metrics", {}).get("judge") for name, stage in (
+        ("labels", "03_strength"), ("policies", "08_evaluate"))}
+    report = manifests.get("08_evaluate", {}).get("metrics", {}).get("report", {})
+    if "gold" in report:
+        found["with gold"] = judges.describe_agreement(report["gold"])
+    return "; ".join(f"{name}: {j['judge'] if isinstance(j, dict) else j}"
+                     for name, j in found.items() if j)
+
+
 def what_was_run(runs):
-    """Preset, data, model, minutes, hardware and head of every run directory."""
-    rows = [["run", "preset", "data", "model", "minutes", "hardware", "head (run_all.sh verify)"]]
+    """Preset, data, model, judge, minutes, hardware and head of every run directory."""
+    rows = [["run", "preset", "data", "model", "judge", "minutes", "hardware",
+             "head (run_all.sh verify)"]]
     for path in [p for run in runs for p in (run.path, run.summary) if p]:
         manifests = {name: read_json(path / name / "manifest.json") for name in finished(path)
                      if name != "09_report"}
@@ -51,7 +63,7 @@ def what_was_run(runs):
             "01_sft", {"hardware": "", "world_size": "0"})
         rows.append([
             path.name, info["preset"] + (f", limit {info['limit']}" if info.get("limit") else ""),
-            ", ".join(map(str, info["preferences"])), info["model"],
+            ", ".join(map(str, info["preferences"])), info["model"], judge_of(manifests),
             f"{sum(m['seconds'] for m in manifests.values()) / 60:.1f}",
             f"{last['hardware']}, {last['world_size']} process(es)",
             head(manifests)])

@@ -6,7 +6,8 @@
               2024, "Reward Model Ensembles Help Mitigate Overoptimization")
 
 Each model's rewards are first standardised by its mean and std over the training pairs, which stage
-03 wrote down: reward models have neither a common scale nor a zero. The critic starts from --rm's.
+03 wrote down: reward models have neither a common scale nor a zero. The critic starts from --rm's,
+and the rewards of samples.jsonl are its.
 
     deepspeed lab/ppo_reward.py --reward mean_std --rm baseline --kl_beta 0 --name mean_std
     deepspeed 06_ppo.py --help                                                # its other flags
@@ -78,6 +79,8 @@ def main(argv=None):
     parser.add_argument("--out", default="out", help="run directory (default: out)")
     args, flags = parser.parse_known_args(argv)
     reward_fn = REWARDS[args.reward]
+    if reward_fn is gold and common.read_json(Path(args.out) / "run.json").get("world") != "toy":
+        common.die("--reward gold: the true preference is known in the embedded world only")
     if reward_fn is not gold:
         reward_fn.inputs = ["03_strength", *members(args.out)]
         if len(reward_fn.inputs) == 1:

@@ -60,7 +60,7 @@ def ledger():
 
 def runs():
     """What made the record."""
-    lines = [f"- {run[0]}: {run[4]} minutes of stages, {run[5]}; head `{run[6]}`"
+    lines = [f"- {run[0]}: {run[-3]} minutes of stages, {run[-2]}; head `{run[-1]}`"
              for run in recorded("ledger")["runs"][1:]]
     commits = ", ".join(c[:7] for c in recorded("metrics")["git_commits"])
     return "\n".join([f"Commits {commits}, commands in `results/toy/commands.txt`, heads as "

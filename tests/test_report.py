@@ -77,6 +77,39 @@ def test_interval_of_constants_is_a_point():
     assert found == pytest.approx((0.7, 0.7))
 
 
+def test_accuracy_is_on_gold_s_labels_where_there_are_any():
+    gold = np.array([[1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])
+    curve = {"step": [0, 50, 100], "gold_step": [36, 66, 100],
+             "right": {"judge": np.array([[0, 0]] * 3), "gold": gold}}
+    assert claims.final({"a": curve}, np.arange) == {"a": 1.0}
+    assert claims.late_change(curve, np.arange(4), "gold") == 0.5
+    del curve["right"]["gold"]
+    assert claims.final({"a": curve}, np.arange) == {"a": 0.0}
+
+
+def test_prompts_without_a_verdict_are_left_out():
+    verdicts = claims.as_arrays({"p": {"sft": [1, None, 0, -1, 1]}})
+    assert claims.wins(verdicts, "p", "sft", np.arange(5)) == 0.5
+    assert claims.lead(verdicts, "p", "sft", np.arange(5)) == 0.25
+
+
+def test_the_claims_on_metarm_on_made_up_rounds():
+    """J below vanilla's at theta and above it at theta'; a rise of its first order; eta 0 has
+    none."""
+    def held(seed, eta=0.1):
+        return {f"round_{r}": {"theta": {"J": [0.40, 0.41]}, "theta_prime": {"J": [0.44, 0.45]},
+                               "vanilla": {"J": [0.42, 0.43]}, "rise": {
+                                   "measured": eta * (1.02 + 0.01 * seed), "first_order": eta}}
+                for r in (1, 2)}
+    found = {e["id"]: e for e in claims.ledger({"figure_16": {f"seed_{s}": held(s)
+                                                              for s in range(3)}})}
+    assert found["C18"]["verdict"] == "fails" and found["C18"]["mean"] == pytest.approx(-0.02)
+    assert found["C18b"]["verdict"] == "holds" and found["C18b"]["mean"] == pytest.approx(0.02)
+    assert found["C18c"]["verdict"] == "holds" and found["C18c"]["mean"] == pytest.approx(1.03)
+    none = {e["id"]: e for e in claims.ledger({"figure_16": {"seed_0": held(0, 0.0)}})}
+    assert none["C18c"]["verdict"] == "not measured" and none["C18"]["verdict"] == "open"
+
+
 def test_a_claim_that_holds_fails_and_is_missing():
     """The ledger on made-up figures: a third of the pairs below 0 in one world, a quarter in
     another."""
