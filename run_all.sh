@@ -7,7 +7,7 @@
 #   bash run_all.sh clean --preferences my.jsonl --model my/model    a verdict on each pair
 #   bash run_all.sh experiments [--seeds 5]    every experiment of the paper (lab/experiments.py)
 #   bash run_all.sh test                       the test suite, in the same environment
-#   bash run_all.sh verify                     every hash of a run, from its last stage to the data
+#   bash run_all.sh status | verify            a line a stage; every hash of a run, back to the data
 #   bash run_all.sh replay --stage NAME        a stage again, elsewhere, hash by hash
 #
 #   --out DIR          run directory (default: out)
@@ -30,7 +30,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 # ---- flags: the driver's and the launcher's own here, all others go to lab/experiments.py
 given=$(printf ' %q' "$@")
 mode=run out=out stage='' gpus='' hostfile='' dry_run='' restart='' flags=() activate=''
-case ${1:-} in test|verify|replay|experiments|clean) mode=$1; shift ;; esac
+case ${1:-} in test|status|verify|replay|experiments|clean) mode=$1; shift ;; esac
 while [ $# -gt 0 ] && [ $mode != test ]; do
   case $1 in
     -h|--help) sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
@@ -43,7 +43,7 @@ while [ $# -gt 0 ] && [ $mode != test ]; do
   shift
 done
 [[ $mode =~ run|experiments|clean || ${#flags[@]} -eq 0 ]] || fail "unknown flag ${flags[*]}"
-[[ $mode = replay || -z $stage ]] || fail "--stage goes with replay"
+[[ $mode = replay && $stage || $mode != replay && ! $stage ]] || fail "replay takes --stage NAME"
 [[ -z $gpus || $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus takes a positive whole number, got: $gpus"
 
 # ---- environment: an active one is used as it is, else .venv is made from requirements.txt
@@ -61,8 +61,8 @@ fi
 python "$here/lab/environment.py" "$here/requirements.txt" || exit 2
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 code=; [ "$PWD" = "$here" ] || code=$here/; quoted=${code:+$(printf %q "$code")}
-[[ $mode != replay || -n $stage ]] || fail "replay needs --stage NAME"
 case $mode in
+  status) exec python -m lab.status "$out" ;;
   test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
   verify|replay) exec python -m lab.verify "$out" ${stage:+--replay "$stage"} ;;
 esac

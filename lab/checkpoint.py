@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import time
 
 import numpy
 import torch
@@ -40,7 +41,9 @@ def save(stage, step):
         stage.metrics_file.flush()
         os.fsync(stage.metrics_file.fileno())
         write_text(folder / "checkpoint.json", json.dumps({
-            "step": step, "settings": stage.settings, "metrics_bytes": stage.metrics_file.tell(),
+            "step": step, "total": stage.total, "settings": stage.settings,
+            "seconds_a_step": (time.time() - stage.start) / max(1, step - stage.done),
+            "metrics_bytes": stage.metrics_file.tell(),
             "state": stage.state, "code": code_hashes(stage.script), "files": dict(hashes)}))
         folder.rename(stage.dir / f"checkpoint_{step}")
         for old in stage.dir.glob("checkpoint_*"):

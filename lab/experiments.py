@@ -79,6 +79,11 @@ def cleaning(args):
 
 # ---------------------------------------------------------------- what run_all.sh is to do
 
+def usual_rounds(preset, limit):
+    """Rounds of MetaRM of a pipeline that is not told how many."""
+    return 1 if limit else 4 if preset == "paper" else 3
+
+
 def name_of(directories):
     """A stage's name: its directory, or the folder of several."""
     return directories[0] if len(directories) == 1 else directories[0].split("/")[0]
@@ -175,8 +180,7 @@ def plan(args, flags):
         run = common.read_json(out / "run.json")
         preset = preset if flags else run["preset"]
     limit = args.limit or run.get("limit")
-    usual = 1 if limit else 4 if preset == "paper" else 3
-    rounds = usual if args.rounds is None else args.rounds
+    rounds = usual_rounds(preset, limit) if args.rounds is None else args.rounds
     if not flags and (made := read_manifest(out, "00_data")):
         flags = recorded_flags(made)
     again = False

@@ -150,7 +150,7 @@ class Stage:
         self.args, self.name, self.script, self.out = args, name, script, Path(args.out)
         self.final, self.dir = self.out / name, self.out / f"{name}.partial"
         self.start, self.done, self.state, self.checkpoint = time.time(), 0, {}, None
-        self.engines, self.noted, self.metrics_file = {}, {}, None
+        self.engines, self.noted, self.metrics_file, self.total = {}, {}, None, 0
 
     def open(self, inputs, keep):
         """Rank 0's part of `begin` → (settings, checkpoint.json or None); (None, None) where the

@@ -1,5 +1,6 @@
 """Verification, replay, resume after kills and signals, determinism and bad input (see also
 test_stages.py)."""
+import fcntl
 import json
 import os
 import random
@@ -694,3 +695,32 @@ def test_an_error_on_two_processes_is_one_line_and_none_hangs(run_copy):
     assert done.returncode == 2 and len(
         lines) == 1 and "does not split evenly over 2 processes" in lines[0]
     assert "Traceback" not in done.stdout and time.time() - begin < 90
+
+
+def test_status_says_what_is_done_stopped_stale_and_missing(run_copy):
+    """A line a stage, while another process holds the directory too; nothing is changed."""
+    before = {p: p.stat().st_mtime_ns for p in run_copy.rglob("*") if p.is_file()}
+
+    def status():
+        lines = run("bash", "run_all.sh", "status", "--out", run_copy).stdout.splitlines()
+        return {line.split()[0]: line.split(None, 2)[1:] for line in lines}
+    first = status()
+    assert {s[0] for n, s in first.items() if n[:2] in ("00", "01", "02", "03")} == {"done"}
+    assert first["04_rm_denoise"] == ["missing", "1 of 5 are there"]
+    assert first["06_ppo/round_0"][0] == "done" and first["06_ppo/round_3"][0] == "missing"
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    folder = run_copy / "07_metarm/round_1.partial/checkpoint_30"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text(json.dumps(
+        {"step": 30, "total": 90, "seconds_a_step": 2.0}))
+    (run_copy / "00_data/prompts.jsonl").touch()
+    with open(run_copy / "00_data/prompts.jsonl", "a") as file:
+        file.write("\n")
+    changed = status()
+    assert changed["07_metarm/round_1"] == [
+        "stopped", "step 30 of 90 saved, 2.0 min from there"]
+    state, reason = changed["06_ppo/round_0"]
+    assert state == "stale" and "prompts.jsonl" in reason
+    with open(run_copy / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert status()["07_metarm/round_1"][0] == "running"
