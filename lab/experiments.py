@@ -191,7 +191,7 @@ def plan(args, flags):
                if not args.to or name_of(d).startswith(args.to))
     judge = shlex.join(word for name in judges.FLAGS if (value := getattr(args, name)) is not None
                        for word in (f"--{name}", *[str(value)] * (value is not True)))
-    if args.judge not in (None, "ensemble") and not args.dry_run:  # told now, not after hours
+    if judge and args.judge != "ensemble" and not args.dry_run:  # told now, not after hours
         world = run.get("world") if run else None if "--preferences" in flags else "toy"
         judges.choose(SimpleNamespace(**vars(args), run={"world": world}, hparams={}))
     for directories, purpose, seconds, command in stages[:last + 1]:

@@ -415,8 +415,10 @@ def test_the_driver_hands_the_judge_on(chat_model, tmp_path, monkeypatch, capsys
     assert list(told) == ["03", "08"]
     assert all(f"--judge model:{chat_model} --both_orders" in x for x in told.values())
     assert list(plan("--judge", "gold")) == ["08"]
+    (tmp_path / "my.jsonl").write_text("{}\n")
     for flags, says in ((["--judge", "nonsense"], "is none of"), (["--judge_limit", 3], "--judge"),
-                        (["--judge", "gold", "--preferences", "my.jsonl"], "embedded world only")):
+                        (["--judge", "gold", "--preferences", tmp_path / "my.jsonl"],
+                         "embedded world only")):
         with pytest.raises(SystemExit):
             plan(*flags)
         assert says in capsys.readouterr().err

@@ -74,7 +74,8 @@ def markdown(rows):
 
 BLOCKS = {README: {"map": the_map}, RECORD: {
     "ledger": ledger, "runs": runs, "table 3": lambda: markdown(recorded("tables")["table_3"]),
-    "eta": lambda: markdown(recorded("tables")["joint"][:10])}}
+    "variants": lambda: markdown(recorded("tables")["variants"]),
+    "overoptimised": lambda: markdown(recorded("tables")["overoptimised"])}}
 
 
 def filled(path):

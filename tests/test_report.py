@@ -197,16 +197,16 @@ def test_names_are_those_of_the_stages():
 def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
     """Each line is parsed by its stage (--dry_run), no two write the same directory, and every
     figure has one."""
-    for table in (experiments.pairs_table(5, 0.1), experiments.summary_table(5)):
+    for table in (experiments.pairs_table(5, 0.1, 0.001), experiments.summary_table(5)):
         names = [name for names, *_ in table for name in names]
         assert len(set(names)) == len(names)
         for *_, command in table:
-            script, *flags = command.format(often=5, seldom=10, eta=0.1, n=64, seed=0).split()
+            script, *flags = command.format(often=5, seldom=10, n=64, few=16, seed=0).split()
             stage = import_module(script.removesuffix(".py").replace("/", "."))
             with pytest.raises(SystemExit) as stop:
                 stage.main([*flags, "--out", str(tmp_path), "--dry_run"])
             assert stop.value.code == 0
-    made = [name for names, *_ in experiments.pairs_table(5, 0.1) for name in names]
+    made = [name for names, *_ in experiments.pairs_table(5, 0.1, 0.001) for name in names]
     for name, (_, _, patterns, _, _) in figures.FIGURES.items():
         for pattern in patterns:
             assert any(fnmatch(m, pattern) for m in made), f"{name}: {pattern}"
@@ -216,7 +216,7 @@ def test_the_driver_prints_the_list(tmp_path):
     out = tmp_path / "out"
     lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--seeds", 2, "--limit", 2,
                 "--out", out).stdout.splitlines()
-    rows = experiments.pairs_table(2, 0.1) + experiments.summary_table(2)
+    rows = experiments.pairs_table(2, 0.1, 0.001) + experiments.summary_table(2)
     assert len(lines) == 2 * len(rows) and not out.exists()
     assert lines[0].split("  #")[0].strip() == f"00_data.py --limit 2 --seed 0 --out {out}/seed_0"
 
@@ -326,8 +326,9 @@ def test_figures_json_reproduces_the_ledger(page):
             (page[0] /
              f"seed_1/04_rm_denoise/{name}/manifest.json").read_text())["metrics"]["accuracy_gold"]
         for name in ("margin", "baseline", "tenth_01", "tenth_02")]
-    assert entries["C9"]["values"]["seed_1"] == pytest.approx(accuracy[0] - accuracy[1])
-    assert entries["C4"]["values"]["seed_1"] == pytest.approx(np.mean(accuracy[2:]))
+    pair = 1 / 32 + 1e-9  # scores.jsonl rounds, and these models have hardly been trained
+    assert abs(entries["C9"]["values"]["seed_1"] - (accuracy[0] - accuracy[1])) <= pair
+    assert abs(entries["C4"]["values"]["seed_1"] - np.mean(accuracy[2:])) <= pair
     tables = json.loads((page[0] / "seed_1/08_evaluate/tables.json").read_text())
     row = next(r for r in tables["comparisons"] if (r["policy"], r["set"], r["opponent"]) == (
         "round_2", "eval_harmless", "sft"))

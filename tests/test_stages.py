@@ -87,7 +87,7 @@ def test_04_on_two_processes(one_process, run_copy):
         for k, v in lines(d / "metrics.jsonl")[-1].items()
         if k.startswith("accuracy")}
                   for d in (one, two)]
-    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 4  # with that of training pairs
+    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 5  # training pairs', gold's
     logged = [lines(d / "metrics.jsonl")[-1]["loss"] for d in (one, two)]  # of all ranks and micros
     assert logged[0] == pytest.approx(logged[1], abs=2e-6)
 
