@@ -260,9 +260,9 @@ def test_judges_that_cannot_be_asked(small_run, flags, says, capsys):
     assert not (small_run / "08_evaluate.partial").exists()
 
 
-def test_a_killed_stage_asks_nothing_twice(run_copy, key):
-    """03 labels by a server: killed in the middle, the same command goes on; the labels are those
-    of the lengths, verify covers the replies, and no file has the key."""
+def test_03_labels_by_a_server_killed_on_the_way(run_copy, key):
+    """The same command goes on and asks nothing twice; the labels are those of the lengths, verify
+    covers the replies, and no file has the key."""
     pytest.importorskip("openai")
     with Server(longer, delay=0.05) as server:
         command = [sys.executable, "03_strength.py", "--out", run_copy, "--M", 2, "--judge",

@@ -99,7 +99,7 @@ def reference(out, eta=ETA, variant="metarm"):
 
 @pytest.mark.parametrize("processes, micro", [(1, 16), (2, 4)])  # accumulation 1 and 2
 def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
-    """ZeRO 0, 1, 2 and 3; each variant once. The derivatives of `weights` are differences of
+    """ZeRO 0, 1, 2 and 3; each variant, on two processes `weights` at ZeRO-3. The derivatives of `weights` are differences of
     losses, which AdamW's first steps enlarge."""
     deepspeed(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS,
               "--micro_batch_size", micro)
@@ -115,7 +115,7 @@ def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
             f"moves {effect:.1e}"
         )
         assert worst < 1e-5 and effect > 20 * worst
-    for variant in metarm_variants.VARIANTS:
+    for variant in metarm_variants.VARIANTS if processes == 1 else ("weights",):
         expected = reference(run_copy, variant=variant)
         ours = load_file(tmp_path / f"{variant}.safetensors")
         off, effect = (sum((x[k] - expected[k]).square().sum().item() for k in expected) ** 0.5
