@@ -99,8 +99,8 @@ def reference(out, eta=ETA, variant="metarm"):
 
 @pytest.mark.parametrize("processes, micro", [(1, 16), (2, 4)])  # accumulation 1 and 2
 def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
-    """ZeRO 0, 1, 2 and 3; each variant, on two processes `weights` at ZeRO-3. The derivatives of `weights` are differences of
-    losses, which AdamW's first steps enlarge."""
+    """ZeRO 0, 1, 2 and 3; each variant, on two processes `weights` at ZeRO-3, whose derivatives are
+    differences of losses, which AdamW's first steps enlarge."""
     deepspeed(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS,
               "--micro_batch_size", micro)
     expected = reference(run_copy)
