@@ -112,7 +112,7 @@ def train_method(args, name, rows, valid_rows, gold, sft, tokenizer):
         sets |= {"gold": gold} if gold and step and (epoch > before or step == steps) else {}
         rewards = {split: rm.score(groups) for split, groups in sets.items()}   # [N, 2] each
         scores.append({"step": step} | {
-            split: {g["id"]: [round(r, 4) for r in pair]
+            split: {g["id"]: [round(r, 6) for r in pair]
                     for g, pair in zip(sets[split], r.tolist())} for split, r in rewards.items()})
         result = common.accuracies(rewards.pop("valid"), valid_rows)
         for split, r in rewards.items():
@@ -173,8 +173,7 @@ def main(argv=None):
             common.die(f"--{name} must lie between 0 and 1")
     common.setup(args)
     tokenizer = common.load_tokenizer(sft)
-    gold = common.encode(tokenizer, common.read_jsonl(strength / "gold.jsonl"),
-                         ("chosen", "rejected"), args.run)
+    _, gold = common.encode_pairs(tokenizer, common.read_jsonl(strength / "gold.jsonl"), args.run)
     given = {k: getattr(args, k) for k in SWITCHES if getattr(args, k) is not None}
     values = args.hparams
     for method in args.methods:

@@ -240,7 +240,7 @@ def main(argv=None):
     tokenizer = common.load_tokenizer(sft)
     _, train = common.encode_pairs(tokenizer, common.read_jsonl(like / "train.jsonl"), args.run)
     valid, gold = (common.read_jsonl(strength / f"{name}.jsonl") for name in ("valid", "gold"))
-    gold = common.encode(tokenizer, gold, ("chosen", "rejected"), args.run)
+    _, gold = common.encode_pairs(tokenizer, gold, args.run)
     for method in args.methods:
         name = args.name or (method if args.like == "baseline" else f"{method}_{args.like}")
         train_method(args, method, name, tokenizer, train, valid, gold, sft)

@@ -267,7 +267,7 @@ def main(argv=None, train=train, variant=None):
                                     for name in ("train", "valid", "gold"))
     _, pairs = common.encode_pairs(tokenizer, train_rows, args.run)
     valid_rows, valid = common.encode_pairs(tokenizer, valid_rows, args.run)
-    gold = common.encode(tokenizer, gold, ("chosen", "rejected"), args.run)
+    _, gold = common.encode_pairs(tokenizer, gold, args.run)
     model = common.load_reward_model(sft, args, head_seed=args.seed)
     rm = common.RewardEngine(model, run, tokenizer, pairs, common.steps_for(args, len(pairs)))
     if not run.done:
