@@ -10,8 +10,8 @@ the original pairs D. One step (Figure 14), with m prompts X_s of S and n pairs 
     g  = dL_theta'(X_t)/dtheta'                  vanilla loss (Eq. 10) at theta'          (Eq. 13)
     theta <- theta - alpha g                     the optimiser's step, applied at theta   (Eq. 14)
 
-A tenth of the prompts is held back to measure J, at theta and at theta' (held_back.json, Figure
-16); equation_17.json measures Eqs. 15 to 17.
+A tenth of the prompts is held back to measure J at theta, which is saved, and at theta' (Figure 16,
+held_back.json; docs/readings.md says why theta's is lower); equation_17.json: Eqs. 15 to 17.
 
 Departures from the paper: (1) Eq. 14 is AdamW's step, as in all stages; (2) first order: g is
 applied to theta as it is (Algorithm 1), without the Jacobian of Eq. 15; (3) eta, k, m, n and the

@@ -7,8 +7,7 @@ clean labels win on it. Measured on development seeds, never on those of recorde
 Runs stages 00, 01, 02 and 03 (two voters), 04 (baseline), 06 (round 0, and once more with the true
 preference in the reward model's place, lab/ppo_reward.py) and 08, with their toy hyperparameters,
 for helpful and harmless prompts (OUT/seed_S) and for summaries (OUT/summary_S); complete stages are
-kept. Then it trains a reward model on labels as they are and
-one on labels put right, and prints the table.
+kept. Then it trains a reward model as the baseline on labels put right, and prints the table.
 """
 import argparse
 import json
@@ -81,9 +80,11 @@ def measure(out):
     rows = {name: common.read_jsonl(out / f"00_data/{name}.jsonl") for name in ("train", "gold")}
     told = [r["gold_chosen"] > r["gold_rejected"] for r in rows["train"]
             if r["gold_chosen"] != r["gold_rejected"]]
-    noisy = accuracy(out, rows["train"], rows["gold"])
-    gain = accuracy(out, list(map(put_right, rows["train"])), rows["gold"]) - noisy
-    helpful = torch.tensor([row["task"] == "helpful" for row in rows["gold"]])
+    scores = common.read_jsonl(out / "04_rm_denoise/baseline/scores.jsonl")[-1]["gold"]
+    kept = [row for row in rows["gold"] if row["id"] in scores]
+    noisy = torch.tensor([scores[row["id"]][0] > scores[row["id"]][1] for row in kept]).double()
+    gain = accuracy(out, list(map(put_right, rows["train"])), kept) - noisy
+    helpful = torch.tensor([row["task"] == "helpful" for row in kept])
     found = {"labels that agree with gold": sum(told) / len(told),
              "clean minus noisy labels": gain.mean().item()}
     if helpful.any():

@@ -217,12 +217,9 @@ def read_verdicts(path):
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def settled(rows, questions=None):
-    """{(id, order): A, B, C or none} of what need not be asked again; with `questions`, {(id,
-    order): digest}, of those only."""
-    return {key: row["verdict"] for row in rows if row["final"] and (
-        not questions or questions.get((row["id"], row["order"])) == row["question"])
-        for key in [(row["id"], row["order"])]}
+def settled(rows):
+    """{(id, order): A, B, C or none} of what need not be asked again."""
+    return {(row["id"], row["order"]): row["verdict"] for row in rows if row["final"]}
 
 
 def combine(verdicts, both):
@@ -253,31 +250,34 @@ def compare(run, items):
         asks += [(item, order), (item, order[::-1])][:1 + twice]
     limit = args.judge_limit or len(asks)
     asks = asks[:limit - limit % 2 if args.both_orders else limit]
-    texts = [question(*ask, REASON, marks) for ask in asks]
-    digests = {(item["id"], order): hashlib.sha256(text.encode()).hexdigest()[:16]
-               for (item, order), text in zip(asks, texts)}
-    before = common.from_rank_0(lambda: read_verdicts(path))
-    done = settled(before, digests)
+    texts = {(item["id"], order): question(item, order, REASON, marks) for item, order in asks}
+    digests = {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in texts.items()}
+
+    def read():
+        return [row for row in read_verdicts(path)
+                if digests.get((row["id"], row["order"])) == row["question"]]
+    before = common.from_rank_0(read)
+    done = settled(before)
     todo = [ask for ask in asks if (ask[0]["id"], ask[1]) not in done]
-    todo.sort(key=lambda ask: len(question(*ask, REASON, marks)))  # little padding
-    common.log(f"judge {title(args)}: {len(todo)} requests, about {sum(map(len, texts)) // 4} "
-               "tokens of text" + f"; {len(done)} were answered before" * bool(done))
+    size = sum(len(texts[item["id"], order]) for item, order in todo)
+    common.log(f"judge {title(args)}: {len(todo)} requests, about {size // 4} tokens of text"
+               + f"; {len(done)} were answered before" * bool(done))
 
     def keep(ask, reply, verdict, tokens, final=True):
-        row = {"id": ask[0]["id"], "order": ask[1], "model": args.judge_model or args.judge,
-               "question": digests[ask[0]["id"], ask[1]], "verdict": verdict, "final": final,
-               "reply": reply, "tokens": tokens}
+        key = ask[0]["id"], ask[1]
+        row = {"id": key[0], "order": key[1], "model": args.judge_model or args.judge,
+               "question": digests[key], "verdict": verdict, "final": final, "reply": reply,
+               "tokens": tokens}
         with lock, open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     if args.judge.startswith("model:"):
         todo and ask_model(args, todo, keep, marks)
     else:  # a minute at a time: the other processes wait in a collective, which has a time limit
-        left = args.judge_limit - len(before) if args.judge_limit else None
-        asking = ask_server(args, todo, keep, marks, left) if common.rank() == 0 else None
+        asking = ask_server(args, todo, keep, marks, before) if common.rank() == 0 else None
         while common.from_rank_0(lambda: next(asking, None)) is not None:
             pass
-    rows = common.from_rank_0(lambda: read_verdicts(path))
-    found, flips = combine(settled(rows, digests), args.both_orders)
+    rows = common.from_rank_0(read)
+    found, flips = combine(settled(rows), args.both_orders)
     verdicts = [found.get(item["id"]) for item in items]
     report = {"judge": title(args), "items": len(items), "requests": len(rows),
               "not_asked": len(items) - len(found),
@@ -317,13 +317,14 @@ def check_server(args):
         common.die("--judge http://...: pip install openai (requirements.txt has the version)")
 
 
-def ask_server(args, todo, keep, marks, left):
-    """Ask a server, several requests at once and `left` in all, and yield at least once a minute;
-    the client waits and retries by itself after 429, 5xx, time-outs and broken connections, as
-    Retry-After says. What refuses one question (its length, its content) after others were
-    answered is no verdict on it."""
+def ask_server(args, todo, keep, marks, before):
+    """Ask a server, several requests at once, --judge_limit in all with the replies of `before`,
+    and yield at least once a minute. The client waits and retries by itself after 429, 5xx,
+    time-outs and broken connections, as Retry-After says. A question that is refused (its length,
+    its content) has no verdict; a server that refuses the first TRIES stops the stage."""
     import openai
-    key, state, lock = os.environ.get("OPENAI_API_KEY"), {"sent": 0, "answers": 0}, threading.Lock()
+    key, lock = os.environ.get("OPENAI_API_KEY"), threading.Lock()
+    count = {"sent": len(before), "answers": len(before), "refused": 0}
     server = openai.OpenAI(base_url=args.judge, api_key=key or "none", timeout=TIMEOUT,
                            max_retries=RETRIES)
 
@@ -331,9 +332,9 @@ def ask_server(args, todo, keep, marks, left):
         messages = [{"role": "user", "content": question(*ask, REASON, marks)}]
         for n in range(1, TRIES + 1):
             with lock:
-                if left is not None and state["sent"] >= left:
+                if args.judge_limit and count["sent"] >= args.judge_limit:
                     return
-                state["sent"] += 1
+                count["sent"] += 1
             tokens = 0
             try:
                 answer = server.chat.completions.create(  # the same again would say the same
@@ -341,11 +342,13 @@ def ask_server(args, todo, keep, marks, left):
                     temperature=0.0 if n == 1 else 0.7)
                 tokens = getattr(answer.usage, "total_tokens", None) or 0
                 reply = answer.choices[0].message.content or ""
-                state["answers"] += 1
+                count["answers"] += 1
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if not state["answers"]:
+                count["refused"] += 1
+                if not count["answers"] and count["refused"] >= TRIES:
                     raise
-                return keep(ask, f"(refused: {error.status_code})", "none", 0)
+                return keep(ask, f"(refused: {error.status_code})", "none", 0,
+                            final=bool(count["answers"]))  # else it may be the server
             except (openai.APIResponseValidationError, ValueError, AttributeError, TypeError,
                     IndexError) as error:
                 reply = f"(no answer: {type(error).__name__})"
@@ -390,6 +393,8 @@ def ask_model(args, todo, keep, marks):
         return verdict_ids(tokenizer, tokenizer.apply_chat_template(
             [{"role": "user", "content": question(*ask, AT_ONCE, marks)}], tokenize=False,
             add_generation_prompt=True))
+    todo = sorted(todo, key=lambda ask: sum(map(len, (ask[0][k] for k in (
+        "prompt", "first", "second")))))  # little padding
     size = args.eval_batch_size * common.world_size()
     with common.inference(args):
         for start in common.progress(range(0, len(todo), size), "judging"):

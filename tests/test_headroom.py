@@ -25,13 +25,16 @@ def test_headroom_runs_whole_and_keeps_what_is_complete(tmp_path):
 def test_measure_counts_what_is_written(tmp_path, monkeypatch):
     def write(name, rows):
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     ask = "\n\nHuman: Tell me about owls.\n\nAssistant:"
     write("00_data/train.jsonl", [
         {"chosen": "a", "rejected": "b", "gold_chosen": c, "gold_rejected": r}
         for c, r in ((1, 0), (2, 0), (3, 1), (0, 1), (1, 1))])
-    write("00_data/gold.jsonl", [{"task": "helpful"}, {"task": "harmless"}])
+    write("00_data/gold.jsonl", [{"id": "1", "task": "helpful"}, {"id": "2", "task": "harmless"},
+                                 {"id": "cut to one text", "task": "helpful"}])
+    write("04_rm_denoise/baseline/scores.jsonl", [  # under the labels as they are
+        {"gold": {"1": [0, 1], "2": [0, 1]}}, {"gold": {"1": [1.0, 0.5], "2": [0.2, 0.3]}}])
     write("08_evaluate/tables.json", [{"comparisons": [
         {"set": "eval_helpful", "policy": "gold", "opponent": "sft", "win": 0.75, "lose": 0.25},
         {"set": "eval_helpful", "policy": "gold", "opponent": "round_0", "win": 1, "lose": 0},
@@ -40,9 +43,8 @@ def test_measure_counts_what_is_written(tmp_path, monkeypatch):
         {"policy": "sft", "set": "eval_helpful", "prompt": ask, "response": text}
         for text in (" Most owls hunt at night and sleep by day.", " Owls fly with.", " Most owls",
                      " Cats sleep for most of the day.")])
-    right = iter([[1.0, 0.0], [1.0, 1.0]])  # noisy labels, then clean ones
-    monkeypatch.setattr(headroom, "accuracy",
-                        lambda out, rows, gold: headroom.torch.tensor(next(right)))
+    monkeypatch.setattr(headroom, "accuracy",  # under labels put right
+                        lambda out, rows, gold: headroom.torch.tensor([1.0] * len(gold)))
     found = headroom.measure(tmp_path)
     assert found == pytest.approx({
         "labels that agree with gold": 3 / 4, "clean minus noisy labels": 0.5,
