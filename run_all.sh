@@ -21,7 +21,7 @@
 #   --gpus N           processes (default: all GPUs, or one on a CPU); --hostfile F: machines
 #   --from STAGE       run this stage (04, 07_metarm/round_2, ...) and all after it; --to STAGE: end
 #   --judge J          gold, ensemble, model:PATH, http://HOST/v1 (lab/judges.py) compares, labels
-#   --restart          begin an unfinished stage anew; --dry_run: print what would run, with values
+#   --restart          begin an unfinished stage anew; --tensorboard: event files; --dry_run: print
 # A complete stage is skipped, unless an input has changed, your files and model among them; an
 # unfinished one goes on from its checkpoint, with which Ctrl-C and SIGTERM stop (exit code 75).
 set -euo pipefail

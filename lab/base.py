@@ -63,11 +63,14 @@ def set_seed(seed):
 def setup(args):
     """Join the process group (also under plain `python`), share the cores between ranks, seed."""
     import logging
+    from importlib.util import find_spec
 
     import deepspeed
     from transformers.utils import logging as hf_logging
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     hf_logging.disable_progress_bar()
+    if getattr(args, "tensorboard", False) and not find_spec("tensorboard"):
+        die("--tensorboard needs its package: pip install tensorboard")
     if "RANK" not in os.environ:  # plain `python NN.py`: a group of one, on any port that is free
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
@@ -166,6 +169,23 @@ def progress(iterable, description, total=None, initial=0):
     slow = {} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
     return tqdm(iterable, description, total, initial=initial, disable=rank() != 0, leave=False,
                 **slow)
+
+
+EVENTS = "events.out.tfevents"  # what the names of TensorBoard's files begin with
+
+
+def event_writer(folder, done):
+    """A function (values, step) that adds a line of metrics.jsonl to TensorBoard's event files in
+    `folder`; what they have after step `done` is forgotten."""
+    from torch.utils.tensorboard import SummaryWriter  # a second to import
+    writer = SummaryWriter(folder, purge_step=done + 1 if done else None)
+
+    def add(values, step):
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, step)
+        writer.flush()
+    return add
 
 
 def launch(main, clean_up=lambda: None):

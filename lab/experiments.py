@@ -29,6 +29,7 @@ from lab.manifest import (  # noqa: E402
 from lab.record import CHOICES, differences, promote  # noqa: E402
 
 METHODS = list(import_module("04_rm_denoise").METHODS)
+TRAINED = ("01", "02", "04", "05", "06", "07")  # stages with steps
 CONTRASTIVE = list(import_module("05_rm_contrastive").METHODS)
 
 
@@ -205,6 +206,7 @@ def plan(args, flags):
         unfinished = any((out / f"{d}.partial").exists() for d in directories)
         again = again or forced or bool(reason) or unfinished or args.dry_run
         command += f" {shlex.join(flags)}" * (name == "00_data" and bool(flags))
+        command += " --tensorboard" * (args.tensorboard and command[:2] in TRAINED)
         command += f" --out {shlex.quote(args.out)}" + " --restart" * (forced and several)
         minutes = "unmeasured" if limit or preset != "toy" else f"{seconds / 60:.1f}"
         if args.dry_run:
@@ -398,6 +400,7 @@ def main():
          "experiments: 5, 2 with --limit)")
     flag("--preset", choices=CHOICES["preset"], help="as for 00_data.py")
     flag("--limit", type=int, help="as for 00_data.py: a smoke run")
+    flag("--tensorboard", action="store_true", help="of the pipeline: metrics as event files too")
     flag("--dry_run", action="store_true", help="print the commands and run nothing")
     flag("--restart", action="store_true", help="begin an unfinished stage anew")
     flag("--debug", action="store_true", help="show the traceback of an error")

@@ -141,6 +141,22 @@ def data_01(run):
     return {"mean": [round(r[MEAN], 4) for r in train], "std": [round(r[STD], 4) for r in train]}
 
 
+def data_accuracies(run):
+    """{reward model: {validation set: share of its pairs that are right, at the end}}: the voters,
+    and the pipeline's models of stages 04, 05 and 07."""
+    valid = rows(run.path / "03_strength/valid.jsonl")
+    scores = torch.tensor([[row[f"{side}_score_list"] for side in ("chosen", "rejected")]
+                           for row in valid])                                      # [N, 2, M]
+    out = {f"voter {m}": common.accuracies(scores[..., m], valid) for m in range(scores.shape[2])}
+    for name in (*(f"04_rm_denoise/{m}" for m in METHODS),
+                 *(f"05_rm_contrastive/{m}" for m in CONTRASTIVE),
+                 *(f"07_metarm/{r}" for r in rounds(run)[1:])):
+        if (path := run.path / name / "manifest.json").exists():
+            out[name.split("/")[1]] = read(path)["metrics"]
+    return {m: {k: of[f"accuracy_{k}"] for k in (*SETS, "gold") if f"accuracy_{k}" in of}
+            for m, of in out.items()}
+
+
 def data_03(run):
     found = read(run.path / "03_strength/consistency.json")
     if not found:
@@ -264,24 +280,49 @@ def data_overoptimised(run):
     return out
 
 
+def data_parting(run):
+    """The rounds' PPO steps one after another: each round's own reward in units of its std, from
+    that round's start, and the true preference; the running mean of the latter over a fifth of a
+    round; and the step of its highest value where it ends below that by more than twice the
+    standard error of the difference, else None: the point where reward and gold part."""
+    found = list(ppo(run, *(rounds(run) or ["round_0"])).values())
+    if any("gold" not in x for x in found):
+        raise Missing("the true preference is not known")
+    gold = np.concatenate([x["gold"] for x in found])
+    width = max(1, len(found[0]["gold"]) // 5)
+    smooth = np.convolve(gold, np.ones(width) / width, "valid")
+    peak, rest = int(smooth.argmax()), gold[width - 1:] - smooth
+    parts = smooth[peak] - smooth[-1] > 2 * rest.std() * math.sqrt(2 / width) and len(smooth) > 1
+    return {"reward": [((np.array(x["reward"]) - x["reward"][0]) / x["reward_std"][-1]
+                        ).round(4).tolist() for x in found],
+            "gold": gold.tolist(), "smooth": smooth.round(4).tolist(),
+            "part": peak + width if parts else None}
+
+
 def data_table_1(run):
     """The weakest pair, the one nearest zero and the strongest, with their texts."""
     return {row["kind"]: row for row in rows(run.path / "03_strength/table_1.jsonl")}
 
 
-def data_samples(run, prompts=3):
+def data_samples(run):
     """The last answers of every round to the same few prompts, with their reward and, if it is
-    known, gold."""
+    known, gold. The first prompt is the one whose reward vanilla PPO raised most: where there is
+    most to see, by a choice that knows neither gold nor the text."""
     out = {}
     for name in ["round_0", *rounds(run)[1:]]:
         samples = rows(run.path / "06_ppo" / name / "samples.jsonl")
         for step, policy in ((0, "sft"), (samples[-1]["step"], name)):
             if step or name == "round_0":
-                for s in [s for s in samples if s["step"] == step][:prompts]:
+                for s in [s for s in samples if s["step"] == step]:
                     entry = out.setdefault(s["id"], {"prompt": s["prompt"], "answers": []})
                     entry["answers"].append({"policy": policy} | {
                         k: s[k] for k in ("response", "reward", "gold") if k in s})
-    return out
+
+    def rise(id):
+        sft, vanilla = out[id]["answers"][:2]
+        return vanilla["reward"] - sft["reward"]
+    most = max(out, key=rise)
+    return {most: out.pop(most)} | out
 
 
 def data_table_3(run):
@@ -419,9 +460,16 @@ def final_table(seeds):
 
 
 def draw_01(seeds):
-    figure = show([{"bars": {key: np.concatenate([d[key] for d in seeds])}, "hist": {"bins": 60},
-                    "xlabel": f"{key} of the preference difference",
-                    "ylabel": "pairs", "at": [0] * (key == "mean")} for key in ("mean", "std")])
+    mean, std = (np.concatenate([d[key] for d in seeds]) for key in ("mean", "std"))
+    width = (mean.max() - min(mean.min(), 0)) / 60 or 1.0  # 0 lies between two bars
+    bins = np.arange(np.floor(mean.min() / width), np.ceil(mean.max() / width) + 2) * width
+    sides = {"mean below 0": mean[mean < 0], "0 and above": mean[mean >= 0]}
+    figure = show([
+        {"bars": sides, "hist": {"bins": bins}, "at": [0], "ylabel": "pairs", "style": {
+            name: {"color": OKABE_ITO[k]} for name, k in zip(sides, (3, 2))},
+         "xlabel": "mean of the preference difference (strength)"},
+        {"bars": {"std": std}, "hist": {"bins": 60}, "style": {"std": {"color": OKABE_ITO[2]}},
+         "xlabel": "std of the preference difference", "ylabel": "pairs"}])
     return figure, [["seed", "pairs", "share with mean < 0", "median mean", "median std"]] + [
         [i, len(d["mean"]), *(f"{v:.3f}" for v in (
             np.mean(np.array(d["mean"]) < 0), np.median(d["mean"]), np.median(d["std"])))]
@@ -580,7 +628,8 @@ def draw_wins(opponents, kinds=("eval_",), policies=None):
         panels = list(dict.fromkeys((row[0], row[2]) for row in table[1:]))
         shown = {p: [r for r in table[1:] if (r[0], r[2]) == p][::-1] for p in panels}
         figure = show([{"title": f"{name} against {opponent}", "xlim": (0, 100),
-                        "xlabel": "% of prompts"} for name, opponent in panels], len(opponents),
+                        "xlabel": "% of prompts"} for name, opponent in panels],
+                      len(opponents) if len(opponents) > 1 else len(panels),
                       4.6, 0.9 + 0.3 * max(map(len, shown.values())))
         for axis, panel in zip(figure.axes, panels):
             left = np.zeros(len(shown[panel]))
@@ -592,6 +641,50 @@ def draw_wins(opponents, kinds=("eval_",), policies=None):
         figure.legend(loc="outside right center", fontsize=8)
         return figure, table
     return draw
+
+
+def draw_accuracies(seeds):
+    """A row for each reward model, a mark for each set; over seeds the mean."""
+    models = [m for m in seeds[0] if all(m in d for d in seeds)]
+    sets = list(seeds[0][models[0]]) + ["gold"] * ("gold" in seeds[0][models[-1]])
+    figure = show([{"xlabel": "share of pairs that are right",
+                    "xlim": (0.4, 1) if min(v for d in seeds for m in models
+                                            for v in d[m].values()) > 0.4 else (0, 1)}],
+                  width=6.5, height=0.8 + 0.2 * len(models))
+    axis, marks = figure.axes[0], dict(zip((*SETS, "gold"), "o^sD"))
+    for name in sets:
+        of = [m for m in models if name in seeds[0][m]]
+        axis.plot([np.mean([d[m][name] for d in seeds]) for m in of], [label(m) for m in of],
+                  marks[name], label="true labels" if name == "gold" else f"{name} labels"
+                  if name != "consistent" else "pairs where both agree", alpha=0.85)
+    axis.set_yticks(range(len(models)), map(label, models), fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(0.5, color="k", linestyle=":", linewidth=1)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    return figure, [["reward model", *sets]] + [
+        [label(m), *(cell([d[m][k] for d in seeds]) if k in seeds[0][m] else "" for k in sets)]
+        for m in models]
+
+
+def draw_parting(seeds):
+    """Reward and gold over all rounds' steps, the first seed's parting dotted."""
+    ends = np.cumsum([len(r) for r in seeds[0]["reward"]])
+    steps, n = range(1, ends[-1] + 1), len(seeds[0]["smooth"])
+    width = ends[-1] - n + 1
+    at = {"at": [seeds[0]["part"]] if seeds[0]["part"] else [], "xlim": (1, ends[-1]),
+          "xlabel": "PPO step, all rounds" + ", dotted: they part" * bool(seeds[0]["part"])}
+    rewards = {f"round {r}": (range(ends[r] - len(x) + 1, ends[r] + 1),
+                              [d["reward"][r] for d in seeds if len(d["reward"]) > r])
+               for r, x in enumerate(seeds[0]["reward"])}
+    gold = {"each step": (steps, [d["gold"] for d in seeds]),
+            f"running mean of {width}": (range(width, ends[-1] + 1), [d["smooth"] for d in seeds])}
+    style = {"each step": {"color": "#999999", "linewidth": 0.7},
+             f"running mean of {width}": {"color": OKABE_ITO[3]}}
+    return show([{"lines": rewards, "ylabel": "own reward, std from the round's start", **at},
+                 {"lines": gold, "style": style, "ylabel": UNITS["gold"], **at}], width=4.6), [
+        ["seed", "gold at first", "highest", "at last", "they part at step", "of"]] + [
+        [i, *(f"{d['smooth'][k]:.3f}" for k in (0, int(np.argmax(d["smooth"])), -1)),
+         d["part"] or "they do not", len(d["gold"])] for i, d in enumerate(seeds)]
 
 
 def draw_11(seeds):
@@ -726,7 +819,7 @@ def draw_equation_17(seeds):
 
 def draw_table_2(seeds):
     policies = dict.fromkeys(row["policy"] for d in seeds for row in d["comparisons"])
-    return None, pooled([d["comparisons"] for d in seeds], ("sft",), ("eval_",), list(policies))
+    return draw_wins(("sft",), policies=list(policies))(seeds)
 
 
 def draw_table_3(seeds):
@@ -741,6 +834,7 @@ def draw_texts(seeds):
 DRAWN = {
     "figure_01": (data_01, draw_01),
     "table_1": (data_table_1, draw_texts),
+    "accuracies": (data_accuracies, draw_accuracies),
     "figure_02": (lambda run: read(run.path / "03_strength/groups.json"), draw_02),
     "figure_03": (data_03, draw_03),
     "figure_04": (lambda run: curves(run, *TENTHS), draw_models),
@@ -766,6 +860,7 @@ DRAWN = {
     "figure_15": (data_15, draw_wins(("sft", "round_0"), ("ood_",))),
     "figure_16": (data_16, draw_16),
     "figure_17": (lambda run: ppo(run, *rounds(run)), draw_ppo),
+    "parting": (data_parting, draw_parting),
     "samples": (data_samples, draw_texts),
     "figure_19": (data_19, draw_19),
     "figure_20": (data_20, draw_20),

@@ -1,5 +1,6 @@
-"""One page of a run, or of experiments over several seeds: what was run, the ledger, every figure
-and table beside what the paper saw, the commands and numbers behind them. page.html is its form."""
+"""One page of a run, or of experiments over several seeds: what was made in pictures, every figure
+and table beside what the paper saw, the commands and numbers behind them, the ledger (first, where
+seeds make it one). What was not measured is one folded line. page.html is its form."""
 import base64
 import json
 import re
@@ -9,12 +10,15 @@ from types import SimpleNamespace
 
 import jinja2
 
-from lab import figures, judges
+from lab import experiments, figures, judges
 from lab.base import die, log, progress, read_json, write_text
 from lab.claims import MIN_SEEDS, VERDICTS, ledger
 from lab.manifest import finished, head, recorded_flags
 
 TEXTS = ("table_1", "samples")
+# what a run's page opens with; all else is in the paper's order
+OPENING = ("figure_01", "table_1", "accuracies", "table_2", "parting", "samples")
+SCALE = 1.6  # pixels of a picture to one of the page
 
 
 def number(x):
@@ -70,20 +74,44 @@ def what_was_run(runs):
     return rows
 
 
+def in_one_line(run):
+    """A run in a sentence, from what stays the same when it is replayed."""
+    info, made = read_json(run.path / "run.json"), finished(run.path)
+    sources = "the embedded world" if info["preferences"] == ["toy"] else ", ".join(
+        Path(s).name for s in map(str, info["preferences"]))
+    model = "a model of half a million parameters" if info["model"] == "tiny" else \
+        f"{Path(info['model']).name} and its reward models"
+    rounds = max([0, *(int(name[13:]) for name in made if re.fullmatch(r"06_ppo/round_\d+", name))])
+    return (f"{sources[0].upper()}{sources[1:]}, {model}, the {info['preset']} preset, "
+            f"{rounds or 'no'} round{'s' * (rounds != 1)} of MetaRM")
+
+
+def not_there_yet(run):
+    """Stages of the pipeline that this run has not finished."""
+    made, info = set(finished(run.path)), read_json(run.path / "run.json")
+    if "08_evaluate" in made:  # it stands behind the last round
+        return []
+    rounds = experiments.usual_rounds(info["preset"], info.get("limit"))
+    return [experiments.name_of(names) for names, *_ in experiments.pipeline(rounds)[:-1]
+            if not made & set(names)]
+
+
 def collect(runs, show_texts):
     """({figure: {run: data}}, {figure: why it is not there}); a run that lacks a figure is left out
     of it."""
     collected, absent = {}, {}
-    for name, (_, _, _, data, _) in progress(figures.FIGURES.items(), "reading"):
+    for name, (_, _, made, data, _) in progress(figures.FIGURES.items(), "reading"):
         if name in TEXTS and not show_texts:
             absent[name] = "dialogues of your own data are not shown (--texts shows them)"
             continue
         for run in runs:
             try:
-                collected.setdefault(name, {})[run.path.name] = data(run)
+                if not (found := data(run)):
+                    raise figures.Missing(f"{run.path} has no {' or '.join(made)} yet")
+                collected.setdefault(name, {})[run.path.name] = found
             except figures.Missing as missing:
-                absent[name] = f"not measured: {missing}"
-    return {name: data for name, data in collected.items() if data}, absent
+                absent[name] = str(missing)
+    return collected, absent
 
 
 def sections(runs, entries, collected, absent, folder):
@@ -92,17 +120,19 @@ def sections(runs, entries, collected, absent, folder):
         place = re.match(r"(?:Figure|Table|Equation) \d+", title)
         mine = re.compile(rf"\b{place[0].replace('Equation', 'Eq.')}\b") if place else None
         s = SimpleNamespace(name=name, title=title, saw=saw, absent=absent.get(name), table=[],
-                            image=None, data=None, commands="", ours=[
-                                e for e in entries if mine and mine.search(e["where"])])
+                            image=None, data=None, commands="", opening=name in OPENING)
+        s.ours = [e for e in entries if "values" in e and mine and mine.search(e["where"])]
         if name in collected:
             seeds = list(collected[name].values())
             figure, s.table = draw(seeds)
             s.commands, s.absent = "\n".join(commands(runs[0], made)), None
             s.data = seeds[0] if name in TEXTS else None
             if figure:
-                figure.savefig(folder / f"{name}.png", dpi=90)
+                figure.savefig(folder / f"{name}.png", dpi=90 * SCALE)
                 figures.plt.close(figure)
-                s.image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+                picture = (folder / f"{name}.png").read_bytes()
+                s.width = round(int.from_bytes(picture[16:20], "big") / SCALE)  # PNG's own width
+                s.image = base64.b64encode(picture).decode()
         # where there is no picture, or no claim that says what it shows
         s.open = not s.image or title.startswith("Not in the paper")
         yield s
@@ -115,13 +145,22 @@ def page(runs, entries, collected, absent, folder):
              if (n := sum(e["verdict"] == v for e in entries))]
     few = f" Only {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open." \
         if len(runs) < MIN_SEEDS else ""
-    shown = list(sections(runs, entries, collected, absent, folder))
+    shown = {s.name: s for s in sections(runs, entries, collected, absent, folder)}
+    info = read_json(runs[0].path / "run.json")
+    own = "" if info["preferences"] == ["toy"] else " ".join(
+        ["", "--preferences", *map(shlex.quote, map(str, info["preferences"])), "--model",
+         shlex.quote(str(info["model"]))])
     form = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinja2.FileSystemLoader(
         Path(__file__).parent)).get_template("page.html")
-    text = form.render(runs=what_was_run(runs), entries=entries, count=", ".join(count), few=few,
-                       sections=shown, number=number, span=span, bounds=bounds,
-                       mean=figures.MEAN, std=figures.STD)
-    return text, {s.name: s.table for s in shown if s.table}
+    text = form.render(
+        runs=what_was_run(runs), entries=entries, count=", ".join(count), few=few,
+        several=len(runs) > 1 or runs[0].summary is not None, seeds=len(runs),
+        line=in_one_line(runs[0]), coming=not_there_yet(runs[0]),
+        opening=[shown[n] for n in OPENING if not shown[n].absent],
+        sections=[s for s in shown.values() if not (s.opening or s.absent)],
+        absent=[s for s in shown.values() if s.absent], number=number, span=span, bounds=bounds,
+        mean=figures.MEAN, std=figures.STD, command=f"bash run_all.sh experiments{own}")
+    return text, {s.name: s.table for s in shown.values() if s.table}
 
 
 def find_runs(out):

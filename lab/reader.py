@@ -5,6 +5,7 @@ recorded pictures and the sources themselves.
 """
 import ast
 import inspect
+import re
 import tomllib
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from lab.base import HERE, write_text
 MOST = 45  # lines of code of an entry
 ENTRIES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["entry"]
 PAGE = HERE / "docs/reader.html"
+
+
+def formula(latex, display="block"):
+    """LaTeX as MathML; a prime is not raised, for the character is."""
+    return re.sub(r"<msup>(<mi>[^<]*</mi>)(?:<mrow>)?<mi>&#x02032;</mi>(?:</mrow>)?</msup>",
+                  r"<mrow>\1<mo>&#x02032;</mo></mrow>", convert(latex, display=display))
 
 
 def find(file, text):
@@ -47,7 +54,7 @@ def of_code(entry):
     """An equation or an algorithm: its formula, and the lines about the one with its number."""
     out = {"title": f"{entry['name']}: {entry['what']}", "says": entry["says"]}
     if "formula" in entry:
-        out["formula"] = convert(entry["formula"], display="block")
+        out["formula"] = formula(entry["formula"])
     if "at" in entry:
         file, text = entry["at"]
         lines, n = find(file, text)

@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab import base, checkpoint
+from lab import base, card, checkpoint
 from lab.base import (  # noqa: F401  (some for common to hand on)
-    HERE, barrier, check_shared, check_value, code_hashes, device, die, free, from_rank_0,
+    EVENTS, HERE, barrier, check_shared, check_value, code_hashes, device, die, free, from_rank_0,
     gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed, setup, sync,
     user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
@@ -78,6 +78,7 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
          "checkpoint; in 02, 04 and 05 train finished models again")
     flag("--deterministic", action="store_true", help="on a GPU: only kernels that give the same "
          "bits every time; slower, an operation without one is an error")
+    flag("--tensorboard", action="store_true", help="metrics as event files of TensorBoard too")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     add_flags and add_flags(parser.add_argument_group("stage").add_argument)
@@ -150,7 +151,7 @@ class Stage:
         self.args, self.name, self.script, self.out = args, name, script, Path(args.out)
         self.final, self.dir = self.out / name, self.out / f"{name}.partial"
         self.start, self.done, self.state, self.checkpoint = time.time(), 0, {}, None
-        self.engines, self.noted, self.metrics_file, self.total = {}, {}, None, 0
+        self.engines, self.noted, self.total, self.metrics_file, self.add_events = {}, {}, 0, 0, 0
 
     def open(self, inputs, keep):
         """Rank 0's part of `begin` → (settings, checkpoint.json or None); (None, None) where the
@@ -176,11 +177,13 @@ class Stage:
                 f"{'; '.join(different)}: give the same again, or --restart to begin anew")
         self.dir.mkdir(parents=True, exist_ok=True)
         for path in self.dir.iterdir():  # what a killed process wrote after the checkpoint
-            if not found or path.name not in (
-                    "metrics.jsonl", "samples.jsonl", "verdicts.jsonl", found["folder"]):
+            if not found or path.name not in ("metrics.jsonl", "samples.jsonl", "verdicts.jsonl",
+                                              found["folder"]) and EVENTS not in path.name:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.metrics_file = open(self.dir / "metrics.jsonl", "a+", encoding="utf-8")
         self.metrics_file.truncate(found.get("metrics_bytes", 0))
+        if args.tensorboard:
+            self.add_events = base.event_writer(self.dir, found.get("step", 0))
         return settings, found
 
     def steps(self, batches, **engines):
@@ -236,6 +239,7 @@ class Stage:
         if rank() == 0:
             self.metrics_file.write(json.dumps({"step": step, **values}) + "\n")
             self.metrics_file.flush()
+            self.add_events and self.add_events(values, step)
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                              for k, v in values.items())
             if not quiet:  # in a log file tqdm.write would repeat the bar
@@ -255,8 +259,9 @@ class Stage:
 
     def write_manifest(self, run, metrics):
         self.metrics_file.close()
-        files = sorted(p for p in self.dir.rglob("*") if p.is_file()
-                       and not p.relative_to(self.dir).parts[0].startswith("checkpoint"))
+        card.write_card(self.dir, self.name, self.settings, run or self.args.run, metrics)
+        files = sorted(p for p in self.dir.rglob("*") if p.is_file()  # events have the time
+                       and not p.relative_to(self.dir).parts[0].startswith(("checkpoint", EVENTS)))
         outputs = {f"{self.name}/{p.relative_to(self.dir)}": sync(p) for p in files}
         outputs |= {"run.json": hash_text(canonical(run))} if run else {}
         code, before = code_hashes(self.script), (self.checkpoint or {}).get("code", {})

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab.base import HERE, die, launch, read_json, sha256
+from lab.base import EVENTS, HERE, die, launch, read_json, sha256
 from lab.manifest import (finished, head, in_order, other_inputs, read_manifest,
                           recorded_flags)
 
@@ -35,7 +35,7 @@ def check_outputs(out, good, found):
                            f"swapped: {path} and {partner}" if partner else f"changed: {path}")
     for file in sorted(p for p in out.rglob("*") if p.is_file() or p.is_symlink()):
         path = str(file.relative_to(out))
-        if path in recorded or path in ROOT_FILES or ".partial/" in path:
+        if path in recorded or path in ROOT_FILES or ".partial/" in path or EVENTS in path:
             continue
         folder = (STAGE_DIR.match(path) or ["", ""])[1]
         broken = folder in found and folder not in good

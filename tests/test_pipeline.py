@@ -46,8 +46,8 @@ def real(tmp_path_factory):
     flags, output)."""
     out = tmp_path_factory.mktemp("real") / "out"
     flags = [
-        "--preferences", REAL if REAL.exists() else "toy", "--limit", 2, "--rounds", 1, "--out",
-        out]
+        "--preferences", REAL if REAL.exists() else "toy", "--limit", 2, "--rounds", 1,
+        "--tensorboard", "--out", out]
     return out, flags, driver(*flags).stdout
 
 
@@ -151,14 +151,65 @@ def test_logged_commands_and_stages_work_by_hand(real):
     model = out / "07_metarm/round_1/model.safetensors"
     digests = [hashlib.sha256(model.read_bytes()).hexdigest()]
     logged = next(x for x in (out / "commands.log").read_text().splitlines() if "07_metarm.py" in x)
-    assert shlex.split(logged)[-5:] == ["07_metarm.py", "--round", "1", "--out", str(out)]
-    launched = ["deepspeed", "--num_gpus", 1, "07_metarm.py", "--round", "1", "--out", out]
+    assert shlex.split(logged)[-6:] == ["07_metarm.py", "--round", "1", "--tensorboard", "--out",
+                                        str(out)]
+    launched = ["deepspeed", "--num_gpus", 1, "07_metarm.py", "--round", "1", "--tensorboard",
+                "--out", out]
     for command in (shlex.split(logged), launched):
         stamp = model.stat().st_mtime_ns
         run(*command)
         assert model.stat().st_mtime_ns != stamp
         digests.append(hashlib.sha256(model.read_bytes()).hexdigest())
     assert len(set(digests)) == 1
+
+
+def test_tensorboard_has_the_lines_of_metrics_jsonl(real):
+    """In every stage with steps, one number a line and name; outside the manifest, for they hold
+    the time."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    out, seen = real[0], set()
+    for path in sorted(out.rglob("metrics.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        events = list(path.parent.glob("events.out.tfevents*"))
+        assert bool(events) == (str(path.relative_to(out))[:2] in experiments.TRAINED), path
+        if events:
+            found = EventAccumulator(str(path.parent)).Reload()
+            expected = {(name, line["step"]): value for line in lines
+                        for name, value in line.items() if name != "step"}
+            assert {(name, e.step): e.value for name in found.Tags()["scalars"]
+                    for e in found.Scalars(name)} == pytest.approx(expected, rel=1e-5), path
+            seen.add(path.relative_to(out).parts[0][:2])
+        assert not [p for p in json.loads((path.parent / "manifest.json").read_text())["outputs"]
+                    if "tfevents" in p]
+    assert seen == set(experiments.TRAINED)
+
+
+def test_every_model_has_a_card_whose_code_runs(real):
+    """The hub's reader takes its head; the code gives the reward of stage 03, and an answer."""
+    import transformers
+    from huggingface_hub import ModelCard
+    out, cards = real[0], {}
+    for path in sorted(out.rglob("model.safetensors")):
+        card = ModelCard((path.parent / "README.md").read_text(encoding="utf-8"))
+        stage = str(path.parent.relative_to(out))
+        policy = stage[:2] in ("01", "06")
+        assert f"# {stage}\n" in card.text and card.data.license == "mit"
+        assert card.data.pipeline_tag == ("text-generation" if policy else "text-classification")
+        assert ("hh_harmless_sample" in card.text) == REAL.exists() and str(REAL) not in card.text
+        cards[stage] = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
+    assert len(cards) == 1 + 10 + 5 + 4 + 3
+    row = json.loads((out / "03_strength/valid.jsonl").read_text().splitlines()[0])
+    code = cards["02_rm_ensemble/rm_03"].replace(
+        '"\\n\\nHuman: Hi\\n\\nAssistant: Hello."', 'row["prompt"][-60:] + row["chosen"][:20]')
+    values = {"row": row, "path": out / "02_rm_ensemble/rm_03"}
+    exec(code, values)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(values["path"])
+    ids = tokenizer(row["prompt"][-60:] + row["chosen"][:20] + tokenizer.eos_token)["input_ids"]
+    assert values["ids"]["input_ids"].tolist() == [ids]  # EOS at the end
+    assert values["reward"].shape == ()
+    values["path"] = out / "06_ppo/round_1"
+    exec(cards["06_ppo/round_1"], values)
+    assert isinstance(values["answer"], str) and "Human: Hi" in values["answer"]
 
 
 def test_no_row_is_in_the_page(real):

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from scipy import stats
 
 from lab import claims, experiments, figures, page as pages
@@ -290,6 +290,7 @@ def test_the_page_needs_nothing_else_and_its_images_are_whole(page):
 
     from PIL import Image
     text = (page[0] / "09_report/index.html").read_text()
+    assert text.index("id=ledger") < text.index("id=figure_01") < text.index("id=figure_02")
     parsed = Page(text)
     assert all(r.startswith(("data:image/png;base64,", "#")) for r in parsed.references)
     assert "@import" not in text and "url(" not in text and "<script" not in text
@@ -401,9 +402,116 @@ def test_a_single_run_without_gold_gets_a_page(page, tmp_path):
         pages.TEXTS) <= set(absent)
     entries = claims.ledger(collected)
     (tmp_path / "figures").mkdir()
-    parsed = Page(pages.page(found, entries, collected, absent, tmp_path / "figures")[0])
+    text = pages.page(found, entries, collected, absent, tmp_path / "figures")[0]
+    parsed = Page(text)
     assert set(figures.FIGURES) <= set(parsed.ids)
+    first, paper, absent_, claims_ = (text.index(f"id={name}") for name in (
+        "figure_01", "paper", "absent", "ledger"))
+    assert first < text.index("id=accuracies") < text.index("id=table_2") < paper
+    assert paper < claims_ < absent_ < text.index("id=table_1") and text.count("id=absent") == 1
     verdicts = {e["id"]: e["verdict"] for e in entries}
     assert set(verdicts.values()) == {"open", "not measured"}
     assert all(verdicts[c] == "not measured"
                for c in ("C3", "C4", "C7", "C9", "C10")) and verdicts["C11"] == "open"
+
+
+def test_the_page_of_a_run_that_goes_on(page, tmp_path):
+    """09 at any time: what is finished is shown, what is coming is named; nothing is left behind
+    that the run would miss."""
+    out = shutil.copytree(page[0] / "seed_0", tmp_path / "out", ignore=shutil.ignore_patterns(
+        "0[5-9]_*", "part_*", "tenth_*", "*_3_epochs", "soft_margin"))
+    (out / "04_rm_denoise/soft_margin.partial").mkdir()  # being trained
+    for keep in ("04_rm_denoise", "00_data"):
+        text = run("python", "09_report.py", "--out", out).stdout
+        assert "done in" in text and "Traceback" not in text
+        written = (out / "09_report/index.html").read_text()
+        assert not Page(written).open and "06_ppo/round_0" in written.partition("</header>")[0]
+        assert ("05_rm_contrastive, 06" in written) == (keep == "04_rm_denoise")
+        assert ("id=accuracies><h3>" in written) == (keep == "04_rm_denoise")
+        for name in ("02_rm_ensemble", "03_strength", "04_rm_denoise", "01_sft"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    assert "id=figure_01><h3>" not in written and "02_rm_ensemble" in written
+
+
+def test_reward_and_gold_part_where_gold_is_highest(tmp_path):
+    """On made-up rounds: gold rises to the end, or turns at a known step."""
+    def part(gold):
+        for r in range(2):
+            folder = tmp_path / f"06_ppo/round_{r}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(dict.fromkeys(
+                figures.UNITS, 0.0) | {"reward": i, "reward_std": 2.0, "gold": g}) + "\n"
+                for i, g in enumerate(gold[20 * r:20 * r + 20])))
+        figures.rows.cache_clear()
+        return figures.data_parting(pages.SimpleNamespace(path=tmp_path))
+    rises = np.linspace(0, 1, 40).tolist()
+    assert part(rises)["part"] is None
+    assert part(rises)["reward"] == [[i / 2 for i in range(20)]] * 2
+    assert part(rises[:30] + rises[:10][::-1])["part"] == 30  # the last step of the highest mean
+    noise = np.random.default_rng(0).normal(size=40).tolist()
+    assert part(noise)["part"] is None  # no fall that noise would not show
+
+
+SIZES = [(width, scheme) for width in (400, 800, 1400) for scheme in ("light", "dark")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's or any other Chromium, driven by Playwright."""
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    if not binary:
+        pytest.skip("there is no Chromium here")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"]) as chromium:
+            yield chromium
+
+
+def seen_in(browser, path, width, scheme):
+    """A page as Chromium shows it: (tab, what it logged or asked a network for, pixels that it is
+    too wide)."""
+    tab, heard = browser.new_context(viewport={"width": width, "height": 900},
+                                     color_scheme=scheme).new_page(), []
+    tab.on("console", lambda message: heard.append(message.text))
+    tab.on("pageerror", lambda error: heard.append(str(error)))
+    tab.on("request", lambda request: heard.append(request.url) if not request.url.startswith(
+        ("file:", "data:")) else None)
+    tab.goto(path.as_uri())
+    return tab, heard, tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+def test_chromium_shows_the_reader_and_the_lessons(browser):
+    for path in [ROOT / "docs/reader.html", *sorted((ROOT / "docs/lessons").glob("*.html"))]:
+        for width, scheme in (SIZES[0], SIZES[-1]):
+            tab, heard, over = seen_in(browser, path, width, scheme)
+            assert heard == [] and over <= 0, (path, width)
+            broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).length"
+            assert tab.evaluate(broken) == 0 and tab.evaluate(
+                "document.querySelectorAll('math').length") > 0 or path.stem == "lesson_7"
+
+
+@pytest.mark.parametrize("of", [".", "seed_0"])
+def test_chromium_shows_the_page(page, browser, of, tmp_path):
+    """From phone to desktop, light and dark, and on paper: nothing is asked of a network, nothing
+    logged, nothing overflows, every figure is seen and has its text, links lead somewhere."""
+    out = page[0] / of
+    if of != ".":  # of one run
+        out = shutil.copytree(out, tmp_path / "out")
+        run("python", "09_report.py", "--out", out)
+    for width, scheme in SIZES:
+        tab, heard, over = seen_in(browser, out / "09_report/index.html", width, scheme)
+        seen = tab.evaluate("""() => ({
+            images: [...document.images].map(i => [
+                i.naturalWidth, i.alt.length, i.checkVisibility(), i.getBoundingClientRect().height]),
+            heads: [...document.querySelectorAll("table")].filter(t => !t.querySelector(
+                "th[scope=col]")).length,
+            grey: getComputedStyle(document.body).color + getComputedStyle(document.body
+                ).backgroundColor})""")
+        assert heard == [] and over <= 0 and seen["heads"] == 0, (width, scheme, seen)
+        assert len(seen["images"]) >= (28 if of == "." else 20)
+        assert all(w > 100 and alt > 10 and shown and height > 50
+                   for w, alt, shown, height in seen["images"]), (width, scheme)
+        text, behind = (sum(map(int, c.split(","))) / 3 for c in re.findall(
+            r"rgb\(([\d, ]+)\)", seen["grey"]))
+        assert (text < 60 and behind > 200) if scheme == "light" else (text > 200 and behind < 60)
+    assert len(tab.pdf(format="A4")) > 100_000
