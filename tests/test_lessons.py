@@ -31,18 +31,12 @@ def execute(path):
     return "".join(o.get("text", "") for c in book.cells for o in c.get("outputs", ()))
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A smaller run than the lessons make by themselves, with all their stages."""
-    out = tmp_path_factory.mktemp("lessons") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LESSON_RUN", str(out))
-        patch.setenv("LESSON_PAIRS", "120")
-        patch.setenv("LESSON_CLEAN", "--limit 2")
-        patch.setattr(lesson, "MADE", {name: command + " --limit 3" * (name == "00_data")
-                                       for name, command in lesson.MADE.items()})
-        lesson.run(*lesson.MADE)
-        yield out
+@pytest.fixture
+def small(experiments_run, monkeypatch):
+    """A run that has all that lessons look at."""
+    monkeypatch.setenv("LESSON_RUN", str(experiments_run[0] / "seed_0"))
+    monkeypatch.setenv("LESSON_PAIRS", "120")
+    monkeypatch.setenv("LESSON_CLEAN", "--limit 2")
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)

@@ -232,6 +232,76 @@ def test_a_run_and_experiments_do_not_share_a_directory(tmp_path):
         assert done.returncode == 2 and "give" in done.stdout and "another --out" in done.stdout
 
 
+# ---------------------------------------------------------------- in a browser
+
+SIZES = [(width, scheme) for width in (400, 800, 1400) for scheme in ("light", "dark")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's or any other Chromium, driven by Playwright; None where there is none."""
+    if not (binary := shutil.which("chromium") or shutil.which("google-chrome")):
+        yield None
+        return
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"]) as chromium:
+            yield chromium
+
+
+def seen_in(browser, path, width, scheme):
+    """A page as Chromium shows it: (tab, what it logged or asked a network for, pixels that it is
+    too wide)."""
+    tab, heard = browser.new_context(viewport={"width": width, "height": 900},
+                                     color_scheme=scheme).new_page(), []
+    tab.on("console", lambda message: heard.append(message.text))
+    tab.on("pageerror", lambda error: heard.append(str(error)))
+    tab.on("request", lambda request: heard.append(request.url) if not request.url.startswith(
+        ("file:", "data:")) else None)
+    tab.goto(path.as_uri())
+    return tab, heard, tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+def looked_at(browser, path, pictures):
+    """A page of 09 from phone to desktop, light and dark, and on paper: nothing is asked of a
+    network, nothing logged, nothing overflows, every figure is seen and has its text."""
+    for width, scheme in SIZES:
+        tab, heard, over = seen_in(browser, path, width, scheme)
+        seen = tab.evaluate("""() => ({
+            images: [...document.images].map(i => [i.naturalWidth, i.alt.length,
+                i.checkVisibility(), i.getBoundingClientRect().height]),
+            heads: [...document.querySelectorAll("table")].filter(t => !t.querySelector(
+                "th[scope=col]")).length,
+            grey: getComputedStyle(document.body).color + getComputedStyle(document.body
+                ).backgroundColor})""")
+        assert heard == [] and over <= 0 and seen["heads"] == 0, (width, scheme, seen)
+        assert len(seen["images"]) >= pictures
+        assert all(w > 100 and alt > 10 and shown and height > 50
+                   for w, alt, shown, height in seen["images"]), (width, scheme)
+        text, behind = (sum(map(int, c.split(","))) / 3 for c in re.findall(
+            r"rgb\(([\d, ]+)\)", seen["grey"]))
+        assert (text < 60 and behind > 200) if scheme == "light" else (text > 200 and behind < 60)
+    assert len(tab.pdf(format="A4")) > 100_000
+
+
+def test_chromium_shows_the_reader_and_the_lessons(browser):
+    if not browser:
+        pytest.skip("there is no Chromium here")
+    for path in [ROOT / "docs/reader.html", *sorted((ROOT / "docs/lessons").glob("*.html"))]:
+        for width, scheme in (SIZES[0], SIZES[-1]):
+            tab, heard, over = seen_in(browser, path, width, scheme)
+            assert heard == [] and over <= 0, (path, width)
+            broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).length"
+            assert tab.evaluate(broken) == 0 and tab.evaluate(
+                "document.querySelectorAll('math').length") > 0 or path.stem == "lesson_7"
+
+
+def test_chromium_shows_the_page_of_experiments(page, browser):
+    if not browser:
+        pytest.skip("there is no Chromium here")
+    looked_at(browser, page[0] / "09_report/index.html", 28)
+
+
 # ---------------------------------------------------------------- the page
 
 class Page(html.parser.HTMLParser):
@@ -254,16 +324,9 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The whole list, as small as it goes, a second seed that is a copy of the first (a minute
-    less), and their page. → (out, the output)."""
-    out = tmp_path_factory.mktemp("experiments") / "out"
-    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 1, "--max_response_tokens",
-               12, "--max_prompt_tokens", 32, "--out", out).stdout
-    for name in ("seed", "summary"):
-        shutil.copytree(out / f"{name}_0", out / f"{name}_1")
-    return out, text + run("python", "09_report.py", "--out", out).stdout
+@pytest.fixture
+def page(experiments_run):
+    return experiments_run
 
 
 def test_the_page_has_every_figure_table_and_claim(page):
@@ -372,7 +435,7 @@ def test_other_flags_on_finished_experiments_are_refused(page):
     assert "seed_0 was made with other flags (" in done.stdout
 
 
-def test_a_single_run_without_gold_gets_a_page(page, tmp_path):
+def test_a_single_run_without_gold_gets_a_page(page, tmp_path, browser):
     """One run directory, its data without gold, judge and texts to show: what needs them is left
     out by name."""
     out = shutil.copytree(page[0] / "seed_0", tmp_path / "out")
@@ -403,6 +466,8 @@ def test_a_single_run_without_gold_gets_a_page(page, tmp_path):
     entries = claims.ledger(collected)
     (tmp_path / "figures").mkdir()
     text = pages.page(found, entries, collected, absent, tmp_path / "figures")[0]
+    (tmp_path / "index.html").write_text(text)
+    browser and looked_at(browser, tmp_path / "index.html", 16)
     parsed = Page(text)
     assert set(figures.FIGURES) <= set(parsed.ids)
     first, paper, absent_, claims_ = (text.index(f"id={name}") for name in (
@@ -453,65 +518,3 @@ def test_reward_and_gold_part_where_gold_is_highest(tmp_path):
 
 
 SIZES = [(width, scheme) for width in (400, 800, 1400) for scheme in ("light", "dark")]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's or any other Chromium, driven by Playwright."""
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    if not binary:
-        pytest.skip("there is no Chromium here")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"]) as chromium:
-            yield chromium
-
-
-def seen_in(browser, path, width, scheme):
-    """A page as Chromium shows it: (tab, what it logged or asked a network for, pixels that it is
-    too wide)."""
-    tab, heard = browser.new_context(viewport={"width": width, "height": 900},
-                                     color_scheme=scheme).new_page(), []
-    tab.on("console", lambda message: heard.append(message.text))
-    tab.on("pageerror", lambda error: heard.append(str(error)))
-    tab.on("request", lambda request: heard.append(request.url) if not request.url.startswith(
-        ("file:", "data:")) else None)
-    tab.goto(path.as_uri())
-    return tab, heard, tab.evaluate("document.documentElement.scrollWidth - innerWidth")
-
-
-def test_chromium_shows_the_reader_and_the_lessons(browser):
-    for path in [ROOT / "docs/reader.html", *sorted((ROOT / "docs/lessons").glob("*.html"))]:
-        for width, scheme in (SIZES[0], SIZES[-1]):
-            tab, heard, over = seen_in(browser, path, width, scheme)
-            assert heard == [] and over <= 0, (path, width)
-            broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).length"
-            assert tab.evaluate(broken) == 0 and tab.evaluate(
-                "document.querySelectorAll('math').length") > 0 or path.stem == "lesson_7"
-
-
-@pytest.mark.parametrize("of", [".", "seed_0"])
-def test_chromium_shows_the_page(page, browser, of, tmp_path):
-    """From phone to desktop, light and dark, and on paper: nothing is asked of a network, nothing
-    logged, nothing overflows, every figure is seen and has its text, links lead somewhere."""
-    out = page[0] / of
-    if of != ".":  # of one run
-        out = shutil.copytree(out, tmp_path / "out")
-        run("python", "09_report.py", "--out", out)
-    for width, scheme in SIZES:
-        tab, heard, over = seen_in(browser, out / "09_report/index.html", width, scheme)
-        seen = tab.evaluate("""() => ({
-            images: [...document.images].map(i => [
-                i.naturalWidth, i.alt.length, i.checkVisibility(), i.getBoundingClientRect().height]),
-            heads: [...document.querySelectorAll("table")].filter(t => !t.querySelector(
-                "th[scope=col]")).length,
-            grey: getComputedStyle(document.body).color + getComputedStyle(document.body
-                ).backgroundColor})""")
-        assert heard == [] and over <= 0 and seen["heads"] == 0, (width, scheme, seen)
-        assert len(seen["images"]) >= (28 if of == "." else 20)
-        assert all(w > 100 and alt > 10 and shown and height > 50
-                   for w, alt, shown, height in seen["images"]), (width, scheme)
-        text, behind = (sum(map(int, c.split(","))) / 3 for c in re.findall(
-            r"rgb\(([\d, ]+)\)", seen["grey"]))
-        assert (text < 60 and behind > 200) if scheme == "light" else (text > 200 and behind < 60)
-    assert len(tab.pdf(format="A4")) > 100_000
