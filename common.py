@@ -12,10 +12,9 @@ from functools import partial
 
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
     TRAINING, barrier, begin, device, die, finished, free, from_rank_0, gather_rows, inference,
-    is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl, require, set_seed,
-    setup, user_files, world_size, write_jsonl, write_text)
+    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl, require,
+    set_seed, setup, user_files, world_size, write_jsonl, write_text)
 
-import deepspeed
 import torch
 import torch.nn.functional as F
 import transformers
@@ -199,6 +198,7 @@ class RewardModel(torch.nn.Module):
 def model_inputs(batch, model):
     names, config = ["input_ids", "attention_mask"], getattr(model, "module", model).config
     if batch["attention_mask"].dim() == 4:  # convolutions and recurrences see the group before
+        import lab.attention  # noqa: F401  (replaces "sdpa"; two seconds, so only where models are)
         if config._attn_implementation != "sdpa" or \
                 not {*(getattr(config, "layer_types", None) or ())} <= ATTENTION:
             raise ValueError("not all its layers are transformers' sdpa")
@@ -210,9 +210,8 @@ def response_logits(model, batch):
     """Logits [B, K, T, V] that predict the response tokens, of a causal LM or its engine."""
     index, keep, L = batch["predict_index"], batch["keep"], batch["input_ids"].shape[1]
     logits = model(**model_inputs(batch, model), logits_to_keep=keep).logits        # [R, keep, V]
-    if torch.is_tensor(keep):
-        return logits.view(*index.shape, -1)
-    return logits[index // L, index % L - (L - keep)]
+    return logits.view(*index.shape, -1) if torch.is_tensor(keep) else \
+        logits[index // L, index % L - (L - keep)]
 
 
 def token_logps(logits, ids, temperature=1.0):
@@ -285,9 +284,9 @@ def make_engine(module, args, batch_size, lr, steps):
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = transformers.get_scheduler("linear", optimizer, int(args.warmup * steps), steps)
-    return deepspeed.initialize(
+    return initialize(
         model=module.train(), optimizer=optimizer, lr_scheduler=schedule,
-        config=engine_config(args, micro, batch_size // (micro * world_size())))[0]
+        config=engine_config(args, micro, batch_size // (micro * world_size())))
 
 
 def step(engine):
@@ -330,7 +329,7 @@ class RewardEngine:
 def frozen(module, args, shard=False):
     """A model for inference: the module on the device; with `shard`, at ZeRO-3, sharded."""
     module = module.eval().requires_grad_(False)
-    return deepspeed.initialize(model=module, config=engine_config(args, 1, 1))[0] \
+    return initialize(model=module, config=engine_config(args, 1, 1)) \
         if shard and args.zero == 3 else module.to(device())
 
 
@@ -419,12 +418,13 @@ def whole_model(engine):
     module = getattr(engine, "module", engine)
     if getattr(engine, "zero_optimization_stage", int)() < 3:
         return module
+    from deepspeed.zero import GatheredParameters
     if "whole" not in engine.__dict__:  # not an attribute: it would become a submodule
         with torch.device(device()):
             engine.__dict__["whole"] = transformers.AutoModelForCausalLM.from_config(
                 module.config, dtype=module.dtype)
     for p, sharded in zip(engine.__dict__["whole"].parameters(), module.parameters()):
-        with deepspeed.zero.GatheredParameters([sharded]):
+        with GatheredParameters([sharded]):
             p.data.copy_(sharded.data)
     return engine.__dict__["whole"]
 

@@ -63,7 +63,7 @@ export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 code=; [ "$PWD" = "$here" ] || code=$here/; quoted=${code:+$(printf %q "$code")}
 case $mode in
   status) exec python -m lab.status "$out" ;;
-  test) cd "$here"; exec python -m pytest -n 2 --dist loadgroup "$@" ;;
+  test) cd "$here"; exec python -m pytest -n 2 --dist loadfile "$@" ;;
   verify|replay) exec python -m lab.verify "$out" ${stage:+--replay "$stage"} ;;
 esac
 # ---- launcher: on a free port, for two runs on one stop each other; one process needs none (5 s)

@@ -22,8 +22,6 @@ import numpy  # noqa: E402  (after the environment is set)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-import lab.attention  # noqa: E402, F401  (the shared layout)
-
 gc.enable()
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a terminal of Latin-1 shows ? for what it lacks
@@ -64,9 +62,12 @@ def setup(args):
     """Join the process group (also under plain `python`), share the cores between ranks, seed."""
     import logging
     from importlib.util import find_spec
-
+    gc.disable()
     import deepspeed
     from transformers.utils import logging as hf_logging
+
+    import lab.attention  # noqa: F401  (that, too, takes seconds which not all commands need)
+    gc.enable(), gc.freeze()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     hf_logging.disable_progress_bar()
     if getattr(args, "tensorboard", False) and not find_spec("tensorboard"):
@@ -125,6 +126,12 @@ def inference(args):
     with torch.no_grad(), torch.autocast(device().type, torch.bfloat16,
                                          enabled=args.precision == "autocast"):
         yield
+
+
+def initialize(**settings):
+    """A DeepSpeed engine. Its import takes half a second, so it is where engines are."""
+    import deepspeed
+    return deepspeed.initialize(**settings)[0]
 
 
 def free(engine):
@@ -191,11 +198,12 @@ def event_writer(folder, done):
 def launch(main, clean_up=lambda: None):
     """Run `main`. Whatever goes wrong is one line, once a machine, and exit code 2; --debug
     shows the traceback as well. `clean_up()` is called first."""
-    gc.freeze()  # nor are they garbage later: a second at the end of each stage
+    gc.freeze()  # nor are they garbage later
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()  # or a rank that leaves early may abort
+        gc.freeze()  # a second less at the end
     except SystemExit as stop:
         if stop.code == 2:
             clean_up()

@@ -11,9 +11,10 @@ A SOURCE is a file, a folder of files or a glob of .jsonl, .json, .csv, .tsv (pl
         also `messages`, `conversations`; whole dialogues on both sides, with or without `prompt`;
         single messages; JSON text of them; "from" and "value"; content in text parts
     pairs by name: rejected_response (ms-swift), preferred_output (OpenAI), response_0 and
-        response_1 with better_response_id, safer_response_id, a choice or a winner, human_ref_A and
-        _B with labels (SHP), completions with overall_score (UltraFeedback), summaries with choice
-        (OpenAI's TL;DR comparisons), {"chosen": ["Hi", "Hello."], "chosen score list": [0.1, ...],
+        response_1 with better_response_id, safer_response_id, a choice or a winner,
+        winner_model_a, _b and winner_tie (the Arena), human_ref_A and _B with labels (SHP),
+        completions with overall_score (UltraFeedback), summaries with choice (OpenAI's TL;DR
+        comparisons), {"chosen": ["Hi", "Hello."], "chosen score list": [0.1, ...],
         "mean preference difference": 0.3, "GPT4 label": 1} (the authors' released set)
     sft: a prompt as above with `response`, `output`, `completion`, `answer`, or whole messages,
         whose last turn is the response; prompts: any of these, or a text
@@ -59,6 +60,7 @@ CHOSEN_OF_TWO = [(a, b) for stem in ("response", "answer", "output", "completion
                               (f"{stem}_a", f"{stem}_b"), (f"{stem}_A", f"{stem}_B"))]
 CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "preference", "preferred",
            "chosen", "label", "labels")
+ARENA = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
 ANSWERS = ("response", "output", "completion", "answer", "chosen")
 # what a prompt may not lose, in a row or a message
 CARRIERS = ("tools", "functions", "context", "contexts", "passage", "documents", "image", "images",
@@ -265,8 +267,26 @@ def tldr(info):
     return "\n\n".join(lines) + "\n\nTL;DR:"
 
 
+def arena(prompt, response_a, response_b, *won):
+    """The Arena's columns, lists of a turn each in JSON or single texts, and which of the last
+    three is 1 → whole dialogues (chosen, rejected)."""
+    won = [spelled(x) in ("1", "true") for x in won]
+    asked, *two = ([v] if found is None else found for v in (prompt, response_a, response_b)
+                   for found in [literal(v) if isinstance(v, str) and v[:1] == "[" else None])
+    if sum(won) != 1 or not len(asked) == len(two[0]) == len(two[1]):
+        raise Bad(f"one of {', '.join(ARENA[3:])} must be 1, with as many turns in each response "
+                  "as in `prompt`")
+    if won[2]:
+        raise Drop("no preference")
+    sides = [[{"role": role, "content": text or ""} for turn in zip(asked, answers)
+              for role, text in zip(("user", "assistant"), turn)] for answers in two]
+    return sides[won[1]], sides[won[0]]
+
+
 def take_sides(row):
     """Take the two responses out of the row → (chosen, rejected), in any form."""
+    if set(ARENA) <= row.keys():
+        return arena(*map(row.pop, ARENA))
     for names in CHOSEN_OF_TWO:
         if set(names) <= row.keys() and ("chosen" not in row
                                          or spelled(row["chosen"]) in spellings(names)):

@@ -33,7 +33,7 @@ from lab import base, card, checkpoint
 from lab.base import (  # noqa: F401  (some for common to hand on)
     EVENTS, HERE, barrier, check_shared, check_value, code_hashes, device, die, free, from_rank_0,
     gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed, setup, sync,
-    user_files, world_size, write_jsonl, write_text)
+    initialize, user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
@@ -182,7 +182,7 @@ class Stage:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.metrics_file = open(self.dir / "metrics.jsonl", "a+", encoding="utf-8")
         self.metrics_file.truncate(found.get("metrics_bytes", 0))
-        if args.tensorboard:
+        if getattr(args, "tensorboard", False):
             self.add_events = base.event_writer(self.dir, found.get("step", 0))
         return settings, found
 

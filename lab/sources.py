@@ -167,7 +167,12 @@ def csv_rows(text):
     header = text.readline()
     delimiter = max(",;\t", key=header.count)
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
-    rows = csv.DictReader(text, names, delimiter=delimiter, strict=True)
+    quoting = csv.QUOTE_MINIMAL
+    if delimiter == "\t":  # which has no quotes by its standard, but many write them
+        text = io.StringIO(text.read())
+        quoting = csv.QUOTE_NONE if stray_quotes(text.read(), len(names)) else quoting
+        text.seek(0)
+    rows = csv.DictReader(text, names, delimiter=delimiter, strict=True, quoting=quoting)
     while True:
         try:
             row = next(rows, None)
@@ -178,6 +183,15 @@ def csv_rows(text):
         except csv.Error as problem:
             row = Bad(f"not CSV ({problem})")
         yield rows.reader.line_num + 1, row
+
+
+def stray_quotes(text, columns):
+    """Whether the quotes of tab-separated text are text: each line has all cells, and some cell
+    begins with a quote that it does not end with."""
+    rows = [line.split("\t") for line in text.split("\n") if line]
+    return all(len(cells) == columns for cells in rows) and any(
+        cell[:1] == '"' and not re.fullmatch(r'"([^"]|"")*"', cell)
+        for cells in rows for cell in cells)
 
 
 def json_rows(text):

@@ -37,6 +37,11 @@ ENDS = re.compile(
 SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(INST|SYSTEM_PROMPT)\]"
                      r"|^### (Human|Instruction|Assistant|Response)|(Human|Assistant)：|\n\nHuman:",
                      re.MULTILINE)
+# marks that are words, as (a text with them, the user's, the assistant's): of Vicuna, of Alpaca
+WORDED = [(re.compile(begin), user, assistant) for begin, user, assistant in (
+    (r"(?s)\s*(A chat between .*?)?USER:", r"(\A|\s+|</s>\s*)USER:\s*", r"\s+ASSISTANT:\s*"),
+    (r"(?s)\s*(Below is an instruction.*?)?### (Instruction|Human):",
+     r"(\A|\n\s*|</s>\s*)### (Instruction|Human):\s*", r"\n\s*### (Response|Assistant):\s*"))]
 UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
 DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
@@ -126,8 +131,12 @@ def render_hh(history, begun=None):
 
 
 def one_form(text):
-    """A text with its newlines as one, and "User:" for "Human:" where only that is there."""
+    """A text with its newlines as one, and HH's marks for "User:" where only that is there, and for
+    Vicuna's and Alpaca's, in a text that begins with them or with the sentence that goes before."""
     text = re.sub("\r\n?", "\n", text)
+    for begin, user, assistant in WORDED:
+        if begin.match(text) and re.search(assistant, text):
+            text = re.sub(user, HUMAN + " ", re.sub(assistant, ASSISTANT + " ", text)).rstrip(" ")
     if "Human:" not in text and re.match(r"\s*User:", text) and "\nAssistant:" in text:
         text = re.sub(r"(\A\s*|\n)User:", r"\1Human:", text)
     return text

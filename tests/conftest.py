@@ -45,26 +45,6 @@ def python_stages(*commands):
     return run(sys.executable, "-c", code)
 
 
-def pytest_collection_modifyitems(items):
-    """A file's tests share what it makes, so a worker takes all of them; test_lessons looks at the
-    experiments of test_report."""
-    for item in items:
-        name = item.path.stem.replace("test_lessons", "test_report")
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
-@pytest.fixture(scope="session")
-def experiments_run(tmp_path_factory):
-    """The whole list of experiments, as small as it goes, a second seed that is a copy of the first
-    (a minute less), and their page. → (out, the output)."""
-    out = tmp_path_factory.mktemp("experiments") / "out"
-    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 1, "--max_response_tokens",
-               12, "--max_prompt_tokens", 32, "--out", out).stdout
-    for name in ("seed", "summary"):
-        shutil.copytree(out / f"{name}_0", out / f"{name}_1")
-    return out, text + run("python", "09_report.py", "--out", out).stdout
-
-
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     """A run directory with a barely trained SFT model, two voters, the baseline reward model and

@@ -419,7 +419,7 @@ print("REPLAY false", verify.replay(Path(out), "03_strength"))
 def test_replay_by_the_command(copy):
     done = run("bash", "run_all.sh", "replay", "--out", copy, "--stage", "02_rm_ensemble")
     assert [x for x in done.stdout.splitlines() if x.startswith(("ok", "BAD"))] == [
-        f"ok   02_rm_ensemble/{n}  5 files equal" for n in ("rm_00", "rm_01")]
+        f"ok   02_rm_ensemble/{n}  6 files equal" for n in ("rm_00", "rm_01")]
     done = run("bash", "run_all.sh", "replay", "--out", copy, "--stage", "02_rm", check=False)
     assert done.returncode == 2 and "no finished stage 02_rm" in done.stdout
 

@@ -6,6 +6,7 @@ is the prompt in HH form, or the reason of a Drop, or a part of the error of a B
 import bz2
 import gzip
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ CASES = ROOT.parent / "shared/cases"
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 data = importlib.import_module("00_data")
-from lab import formats  # noqa: E402
+from lab import formats, sources  # noqa: E402
 
 Q, A, B = "Why is the sky blue?", "Light scatters.", "Because."
 HH = f"\n\nHuman: {Q}\n\nAssistant:"
@@ -44,6 +45,10 @@ def says(text, role="assistant"):
 BOTH = {"chosen": [user(), says(A)], "rejected": [user(), says(B)]}
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
 TWO = {"response_0": A, "response_1": B}
+ARENA = {"prompt": Q, "response_a": B, "response_b": A, "winner_model_a": 0, "winner_model_b": 0,
+         "winner_tie": 0}
+VICUNA = "A chat between a curious user and an assistant."
+ALPACA = "Below is an instruction that describes a task. Write a response."
 # (why, row, prompt or error)
 ROWS = [
     ("HH, no final mark", {"prompt": f"\n\nHuman: {Q}", **AB}, HH),
@@ -127,6 +132,28 @@ ROWS = [
     ("a choice by letter", {"prompt": Q, "response_a": A, "response_b": B, "winner": "model_a"},
      HH),
     ("a choice counted from one", {"prompt": Q, "answer_1": B, "answer_2": A, "choice": 2}, HH),
+    ("the Arena's one column a verdict", {**ARENA, "winner_model_b": 1}, HH),
+    ("the same in JSON lists", {**{k: json.dumps([v]) for k, v in ARENA.items() if v},
+                                "winner_model_a": "0", "winner_model_b": 1.0, "winner_tie": False},
+     HH),
+    ("the Arena's tie", {**ARENA, "winner_tie": 1}, "no preference"),
+    ("the Arena without a verdict", ARENA, "must be 1"),
+    ("the Arena, several turns that differ", {
+        "prompt": '["Hi", "Why?"]', "response_a": '["Hello.", "So."]',
+        "response_b": '["Ha.", null]', "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}, "prompts differ"),
+    ("the Arena, more turns than answers", {**ARENA, "prompt": '["Hi", "Why?"]', "winner_tie": 1},
+     "as many turns"),
+    ("Vicuna's marks", {"prompt": f"USER: {Q} ASSISTANT:", **AB}, HH),
+    ("Vicuna's marks and sentence, whole", {
+        side: f"{VICUNA} USER: Hi ASSISTANT: Hello.</s>USER: {Q} ASSISTANT: {text}"
+        for side, text in AB.items()}, VICUNA + TALK),
+    ("Alpaca's marks and sentence", {
+        "prompt": f"{ALPACA}\n\n### Instruction:\n{Q}\n\n### Response:", **AB}, ALPACA + HH),
+    ("Alpaca's marks, whole", {side: f"### Instruction:\n{Q}\n\n### Response:\n{text}"
+                               for side, text in AB.items()}, HH),
+    ("### Human: and ### Assistant:", {"prompt": f"### Human: {Q}\n### Assistant:", **AB}, HH),
+    ("a question about marks", {"prompt": "What does USER: x ASSISTANT: mean?", **AB},
+     "\n\nHuman: What does USER: x ASSISTANT: mean?\n\nAssistant:"),
     ("a tie", {"prompt": Q, "response_a": A, "response_b": B, "winner": "tie (bothbad)"},
      "no preference"),
     ("no choice", {"prompt": Q, **TWO}, "no column says"),
@@ -378,6 +405,19 @@ FILES = [
     ("Parquet with bytes", {"x.parquet": parquet([{k: v.encode() for k, v in p.items()}
                                                   for p in PAIRS])}, "x.parquet"),
 ]
+
+
+@pytest.mark.parametrize("line, want", [
+    ('"Why?" she asked\tA\tB', '"Why?" she asked'), ('"Why?\tA\tB', '"Why?'),
+    ('"Why?"\tA\tB', "Why?"), ('"Why ""now""?"\tA\tB', 'Why "now"?'), ('Why "now"?\tA\tB',
+                                                                   'Why "now"?'),
+    ('"Why\nnow?"\tA\tB', "Why\nnow?")])
+def test_quotes_in_tab_separated_text(line, want):
+    """They are text where some cell is not one in quotes; no row swallows the next."""
+    lines = f"prompt\tchosen\trejected\n{line}\nQ\tA\tB\n"
+    rows = [row for _, row in sources.csv_rows(io.StringIO(lines))]
+    assert [row["prompt"] for row in rows] == [want, "Q"]
+    assert all((row["chosen"], row["rejected"]) == ("A", "B") for row in rows)
 
 
 @pytest.mark.parametrize("why, files, source", FILES, ids=[why for why, *_ in FILES])

@@ -1,20 +1,26 @@
-"""The ledger's statistics against references, and the whole list of experiments with a page, for
-two seeds."""
+"""The ledger's statistics against references; the whole list of experiments with a page, for two
+seeds; and the lessons, which look at them."""
 import html.parser
 import itertools
 import json
 import math
 import re
 import shutil
+import sys
 from fnmatch import fnmatch
 from importlib import import_module
 
+import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from nbclient import NotebookClient
 from scipy import stats
 
 from lab import claims, experiments, figures, page as pages
+
+sys.path.insert(0, str(ROOT / "lessons"))
+import lesson  # noqa: E402
 
 
 # ---------------------------------------------------------------- verdicts and intervals
@@ -324,9 +330,16 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
 
-@pytest.fixture
-def page(experiments_run):
-    return experiments_run
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The whole list of experiments, as small as it goes, a second seed that is a copy of the first
+    (a minute less), and their page. → (out, the output)."""
+    out = tmp_path_factory.mktemp("experiments") / "out"
+    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 1, "--max_response_tokens",
+               12, "--max_prompt_tokens", 32, "--out", out).stdout
+    for name in ("seed", "summary"):
+        shutil.copytree(out / f"{name}_0", out / f"{name}_1")
+    return out, text + run("python", "09_report.py", "--out", out).stdout
 
 
 def test_the_page_has_every_figure_table_and_claim(page):
@@ -491,7 +504,10 @@ def test_the_page_of_a_run_that_goes_on(page, tmp_path):
         assert "done in" in text and "Traceback" not in text
         written = (out / "09_report/index.html").read_text()
         assert not Page(written).open and "06_ppo/round_0" in written.partition("</header>")[0]
-        assert ("05_rm_contrastive, 06" in written) == (keep == "04_rm_denoise")
+        coming = re.search(r"once it is: (.*)$", written, re.M)[1].split(", ")
+        assert coming[-5:] == ["05_rm_contrastive", "06_ppo/round_0", "07_metarm/round_1",
+                               "06_ppo/round_1", "08_evaluate"]
+        assert ("03_strength" in coming) == (keep == "00_data")
         assert ("id=accuracies><h3>" in written) == (keep == "04_rm_denoise")
         for name in ("02_rm_ensemble", "03_strength", "04_rm_denoise", "01_sft"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -518,3 +534,86 @@ def test_reward_and_gold_part_where_gold_is_highest(tmp_path):
 
 
 SIZES = [(width, scheme) for width in (400, 800, 1400) for scheme in ("light", "dark")]
+
+
+# ---------------------------------------------------------------- the lessons
+
+LESSONS = sorted((ROOT / "lessons").glob("lesson_?.ipynb"))
+
+
+def answers(path):
+    """{exercise: the solution's code} of a lesson."""
+    text = (path.parent / f"solutions/{path.stem}.py").read_text(encoding="utf-8")
+    return {m[1]: m[2] for m in re.finditer(r"^# (\d\w)$(.*?)(?=^# \d\w$|\Z)", text, re.M | re.S)}
+
+
+def execute(path):
+    """The notebook's outputs as text, its exercises solved."""
+    book, found = nbformat.read(path, 4), answers(path)
+    for cell in book.cells:
+        if "exercise" in cell.metadata.get("tags", ()):
+            cell.source = found.pop(re.search(r"answer_(\d\w)", cell.source)[1])
+    assert not found, "a solution without its exercise"
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
+    return "".join(o.get("text", "") for c in book.cells for o in c.get("outputs", ()))
+
+
+@pytest.fixture
+def small(page, monkeypatch):
+    """A run that has all that lessons look at."""
+    monkeypatch.setenv("LESSON_RUN", str(page[0] / "seed_0"))
+    monkeypatch.setenv("LESSON_PAIRS", "120")
+    monkeypatch.setenv("LESSON_CLEAN", "--limit 2")
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_a_lesson_runs_whole(small, path):
+    text = execute(path)
+    assert re.findall(r"^(\d\w): right\.$", text, re.M) == list(answers(path)), text
+    assert "Traceback" not in text and "making" not in text  # all is there
+
+
+WRONG = {
+    "1a": [0.5, 1, "x"], "1b": [lambda d: d, lambda d: -d.sigmoid(), lambda d: 0],
+    "2a": [lambda d: (d.mean(0), d.std(0)), lambda d: (d.mean(1), d.std(1)), lambda d: None],
+    "2b": [0.2, -1], "3a": [lambda a, m: 0, lambda a, m: m, lambda a: 1], "3b": [1.5],
+    "4a": [0, 32, 1.0], "4b": [lambda h: h, lambda h: (h[:, 0] - h[:, 1]).repeat(2, 1)],
+    "5a": [lambda n: n, lambda n: 0], "5b": [[1, 1, 1], [0.5], 0.5],
+    "6a": [lambda k: 0, lambda k: 0.5], "6b": [
+        lambda t, dL, dJ, a, e: t - a * dL(t), lambda t, dL, dJ, a, e: t + e * dJ(t) - a * dL(
+            t + e * dJ(t))],
+    "7a": [lambda row: row, lambda row: {"prompt": row["question"], "chosen": row["bad"],
+                                         "rejected": row["good"]}],
+    "7b": [lambda rows: rows, lambda rows: [], lambda rows: rows[:1]]}
+
+
+@pytest.mark.parametrize("exercise", WRONG)
+def test_a_wrong_answer_is_told_so(small, exercise, capsys):
+    for answer in [..., None, *WRONG[exercise]]:
+        assert not lesson.check(exercise, answer)
+    said = capsys.readouterr().out
+    assert said.count("not yet") == 2 and said.count("not right yet") == len(WRONG[exercise])
+
+
+def test_every_exercise_has_wrong_answers_here():
+    assert {e for path in LESSONS for e in answers(path)} == WRONG.keys() == {
+        name.removeprefix("check_") for name in vars(lesson) if name.startswith("check_")}
+    assert [len(answers(path)) for path in LESSONS] == [2] * 7
+
+
+def test_notebooks_are_stored_without_outputs_and_have_a_page():
+    for path in LESSONS:
+        book = nbformat.read(path, 4)
+        nbformat.validate(book)
+        assert all(not c.get("outputs") and c.get("execution_count") is None for c in book.cells)
+        assert any("Predict" in c.source for c in book.cells)
+        assert max(len(line) for c in book.cells if c.cell_type == "code"
+                   for line in c.source.split("\n")) <= 100
+        built = (ROOT / f"docs/lessons/{path.stem}.html").read_text(encoding="utf-8")
+        for exercise in answers(path):  # it ran with its exercises blank
+            assert f"{exercise}: not yet" in built
+        shown = html.unescape(re.sub(r"<[^>]*>", "", built))
+        for cell in book.cells:  # as it is now: run python lessons/build.py
+            if cell.cell_type == "code":
+                assert cell.source in shown, cell.source
+        assert "http" not in re.sub(r"http://www.w3.org\S*", "", built)
