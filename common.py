@@ -12,8 +12,8 @@ from functools import partial
 
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
     TRAINING, barrier, begin, device, die, finished, free, from_rank_0, gather_rows, inference,
-    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl, require,
-    set_seed, setup, user_files, world_size, write_jsonl, write_text)
+    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl,
+    replace_attention, require, set_seed, setup, user_files, world_size, write_jsonl, write_text)
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +198,7 @@ class RewardModel(torch.nn.Module):
 def model_inputs(batch, model):
     names, config = ["input_ids", "attention_mask"], getattr(model, "module", model).config
     if batch["attention_mask"].dim() == 4:  # convolutions and recurrences see the group before
-        import lab.attention  # noqa: F401  (replaces "sdpa"; two seconds, so only where models are)
+        replace_attention()
         if config._attn_implementation != "sdpa" or \
                 not {*(getattr(config, "layer_types", None) or ())} <= ATTENTION:
             raise ValueError("not all its layers are transformers' sdpa")
@@ -418,13 +418,13 @@ def whole_model(engine):
     module = getattr(engine, "module", engine)
     if getattr(engine, "zero_optimization_stage", int)() < 3:
         return module
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
     if "whole" not in engine.__dict__:  # not an attribute: it would become a submodule
         with torch.device(device()):
             engine.__dict__["whole"] = transformers.AutoModelForCausalLM.from_config(
                 module.config, dtype=module.dtype)
     for p, sharded in zip(engine.__dict__["whole"].parameters(), module.parameters()):
-        with GatheredParameters([sharded]):
+        with deepspeed.zero.GatheredParameters([sharded]):
             p.data.copy_(sharded.data)
     return engine.__dict__["whole"]
 

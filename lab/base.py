@@ -65,8 +65,7 @@ def setup(args):
     gc.disable()
     import deepspeed
     from transformers.utils import logging as hf_logging
-
-    import lab.attention  # noqa: F401  (that, too, takes seconds which not all commands need)
+    replace_attention()
     gc.enable(), gc.freeze()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     hf_logging.disable_progress_bar()
@@ -128,6 +127,12 @@ def inference(args):
         yield
 
 
+def replace_attention():
+    """Make transformers' "sdpa" take the shared layout. The import takes two seconds, so it is
+    where models are."""
+    import lab.attention  # noqa: F401
+
+
 def initialize(**settings):
     """A DeepSpeed engine. Its import takes half a second, so it is where engines are."""
     import deepspeed
@@ -181,9 +186,11 @@ def progress(iterable, description, total=None, initial=0):
 EVENTS = "events.out.tfevents"  # what the names of TensorBoard's files begin with
 
 
-def event_writer(folder, done):
-    """A function (values, step) that adds a line of metrics.jsonl to TensorBoard's event files in
-    `folder`; what they have after step `done` is forgotten."""
+def event_writer(args, folder, done):
+    """With --tensorboard a function (values, step) that adds a line of metrics.jsonl to event files
+    in `folder`; what they have after step `done` is forgotten. Else None."""
+    if not getattr(args, "tensorboard", False):
+        return None
     from torch.utils.tensorboard import SummaryWriter  # a second to import
     writer = SummaryWriter(folder, purge_step=done + 1 if done else None)
 
@@ -330,11 +337,11 @@ def check_shared(out):
             "be one directory that all machines share")
 
 
-def lock(out):
+def lock(out, name=".lock"):
     """Hold a run directory until the end of this process, however it ends."""
-    if out in locks:
+    if (out, name) in locks:
         return
-    file = open(out / ".lock", "a+")
+    file = open(out / name, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -343,4 +350,4 @@ def lock(out):
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    locks[out] = file
+    locks[out, name] = file

@@ -40,7 +40,7 @@ from lab.manifest import hash_text
 from lab.sources import Bad, Drop
 from lab.templates import (
     ASSISTANT, CALLS, ENDS, HUMAN, MARKUPS, ROLES, SPECIAL, apply_template, is_transcript, markup,
-    open_turn, render, split_markup, style_of, transcript)
+    open_turn, render, reworded, split_markup, style_of, transcript)
 
 # the first word in a source's name gives its task
 TASK_WORDS = {"harmless": "harmless", "saferlhf": "harmless", "helpful": "helpful",
@@ -268,19 +268,28 @@ def tldr(info):
 
 
 def arena(prompt, response_a, response_b, *won):
-    """The Arena's columns, lists of a turn each in JSON or single texts, and which of the last
+    """The Arena's columns, lists of the turns (in JSON, too) or single texts, and which of the last
     three is 1 → whole dialogues (chosen, rejected)."""
     won = [spelled(x) in ("1", "true") for x in won]
-    asked, *two = ([v] if found is None else found for v in (prompt, response_a, response_b)
-                   for found in [literal(v) if isinstance(v, str) and v[:1] == "[" else None])
+    asked, *two = (turns_of(v) for v in (prompt, response_a, response_b))
     if sum(won) != 1 or not len(asked) == len(two[0]) == len(two[1]):
         raise Bad(f"one of {', '.join(ARENA[3:])} must be 1, with as many turns in each response "
                   "as in `prompt`")
     if won[2]:
         raise Drop("no preference")
-    sides = [[{"role": role, "content": text or ""} for turn in zip(asked, answers)
-              for role, text in zip(("user", "assistant"), turn)] for answers in two]
+    sides = [[{"role": role, "content": "" if text is None else text}
+              for turn in zip(asked, answers) for role, text in zip(("user", "assistant"), turn)]
+             for answers in two]
     return sides[won[1]], sides[won[0]]
+
+
+def turns_of(value):
+    """The turns in a column of the Arena's."""
+    if isinstance(value, str) and value[:2] in ('["', "[n"):  # JSON, whose null is no answer
+        value = literal(value)
+        if not isinstance(value, list):
+            raise Bad("a list of turns is not JSON")
+    return value if isinstance(value, list) else [value]
 
 
 def take_sides(row):
@@ -573,7 +582,7 @@ def read_row(row, kind, style, task, ignored=None):
         row = {"prompt": row}
     if not isinstance(row, dict):
         raise Bad(f"a JSON {type(row).__name__}, not an object")
-    row = present(row)
+    row = present(row, style)
     given = task_name(string(row, "task")) if "task" in row else ""
     own = [row.pop(k, None) for k in ("task", "id")]
     unused = {f"{k} of a message" for v in row.values() for m in (v if isinstance(v, list) else ())
@@ -592,11 +601,12 @@ def read_row(row, kind, style, task, ignored=None):
     return clean
 
 
-def present(row):
-    """The columns that are there, in one spelling: None is Parquet's and NaN pandas' for no
-    value."""
-    return {SPELLINGS.get(k, k): v for k, v in row.items() if v is not None and (
-        v == v or SPELLINGS.get(k, k) in (*NUMBERS, LABEL))}
+def present(row, style):
+    """The columns that are there, in one spelling: None is Parquet's and NaN pandas' for no value.
+    Dialogues with marks in words are in HH's, but for --template none."""
+    return {SPELLINGS.get(k, k): reworded(v) if isinstance(v, str) and style.form != "none" else v
+            for k, v in row.items() if v is not None and (
+                v == v or SPELLINGS.get(k, k) in (*NUMBERS, LABEL))}
 
 
 def check_left(row, clean, kind):
@@ -679,7 +689,7 @@ def as_came(row, style, spoken=False):
     """A preference row that `read_row` reads, under TRL's names and in the layout that it came in:
     whole dialogues as a text each, a prompt's text and two responses', else, or if `spoken`,
     messages; and its tools. Read again it gives what it gave."""
-    row = present(row)
+    row = present(row, style)
     texts = [v for v in (row.get("chosen"), row.get("rejected")) if isinstance(v, str)]
     whole = not {*PROMPTS, "input", "info", "system", "system_prompt", "history"} & row.keys()
     if style.form == "none":
@@ -755,6 +765,10 @@ def read_sft(row, style):
 
 
 def read_prompt(row, style):
+    if set(ARENA) <= row.keys():
+        if len(asked := turns_of(row["prompt"])) != 1:
+            raise Drop("prompts differ")  # by the answers of two models in between
+        row["prompt"] = asked[0]
     if style.form == "none" and "prompt" in row:
         take_tools(row, style)
         row["response"] = "-"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import jinja2
 
-from lab import experiments, figures, judges
+from lab import experiments, figures, judges, status
 from lab.base import die, log, progress, read_json, write_text
 from lab.claims import MIN_SEEDS, VERDICTS, ledger
 from lab.manifest import finished, head, recorded_flags
@@ -88,12 +88,10 @@ def in_one_line(run):
 
 def not_there_yet(run):
     """Stages of the pipeline that this run has not finished."""
-    made, info = set(finished(run.path)), read_json(run.path / "run.json")
-    if "08_evaluate" in made:  # it stands behind the last round
-        return []
-    rounds = experiments.usual_rounds(info["preset"], info.get("limit"))
-    return [experiments.name_of(names) for names, *_ in experiments.pipeline(rounds)[:-1]
-            if not made & set(names)]
+    made = set(finished(run.path))
+    return [] if "08_evaluate" in made else [  # which stands behind the last round
+        experiments.name_of(names) for names, *_ in status.stages(run.path)[:-1]
+        if not set(names) <= made]
 
 
 def collect(runs, show_texts):
@@ -133,8 +131,6 @@ def sections(runs, entries, collected, absent, folder):
                 picture = (folder / f"{name}.png").read_bytes()
                 s.width = round(int.from_bytes(picture[16:20], "big") / SCALE)  # PNG's own width
                 s.image = base64.b64encode(picture).decode()
-        # where there is no picture, or no claim that says what it shows
-        s.open = not s.image or title.startswith("Not in the paper")
         yield s
 
 
@@ -146,10 +142,7 @@ def page(runs, entries, collected, absent, folder):
     few = f" Only {len(runs)} seed(s) were run: below {MIN_SEEDS} every claim stays open." \
         if len(runs) < MIN_SEEDS else ""
     shown = {s.name: s for s in sections(runs, entries, collected, absent, folder)}
-    info = read_json(runs[0].path / "run.json")
-    own = "" if info["preferences"] == ["toy"] else " ".join(
-        ["", "--preferences", *map(shlex.quote, map(str, info["preferences"])), "--model",
-         shlex.quote(str(info["model"]))])
+    flags = recorded_flags(read_json(runs[0].path / "00_data/manifest.json"))
     form = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinja2.FileSystemLoader(
         Path(__file__).parent)).get_template("page.html")
     text = form.render(
@@ -159,7 +152,8 @@ def page(runs, entries, collected, absent, folder):
         opening=[shown[n] for n in OPENING if not shown[n].absent],
         sections=[s for s in shown.values() if not (s.opening or s.absent)],
         absent=[s for s in shown.values() if s.absent], number=number, span=span, bounds=bounds,
-        mean=figures.MEAN, std=figures.STD, command=f"bash run_all.sh experiments{own}")
+        mean=figures.MEAN, std=figures.STD, command=shlex.join(
+            ["bash", "run_all.sh", "experiments", *flags, "--out", "out_experiments"]))
     return text, {s.name: s.table for s in shown.values() if s.table}
 
 

@@ -33,7 +33,7 @@ from lab import base, card, checkpoint
 from lab.base import (  # noqa: F401  (some for common to hand on)
     EVENTS, HERE, barrier, check_shared, check_value, code_hashes, device, die, free, from_rank_0,
     gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed, setup, sync,
-    initialize, user_files, world_size, write_jsonl, write_text)
+    initialize, replace_attention, user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
@@ -150,15 +150,16 @@ class Stage:
     def __init__(self, args, name, script):
         self.args, self.name, self.script, self.out = args, name, script, Path(args.out)
         self.final, self.dir = self.out / name, self.out / f"{name}.partial"
-        self.start, self.done, self.state, self.checkpoint = time.time(), 0, {}, None
-        self.engines, self.noted, self.total, self.metrics_file, self.add_events = {}, {}, 0, 0, 0
+        self.start, self.done, self.total, self.state = time.time(), 0, 0, {}
+        self.engines, self.noted, self.checkpoint, self.metrics_file = {}, {}, None, None
+        self.add_events = None
 
     def open(self, inputs, keep):
         """Rank 0's part of `begin` → (settings, checkpoint.json or None); (None, None) where the
         finished directory is kept."""
         args = self.args
         self.out.mkdir(parents=True, exist_ok=True)
-        lock(self.out)
+        lock(self.out, ".lock" if self.name != "09_report" else ".report_lock")  # read at any time
         promote(self.dir)  # a process was killed just before it did
         settings = json.loads(json.dumps({
             "preset": args.preset, "seed": args.seed, "limit": args.limit, "layout": args.layout,
@@ -182,8 +183,7 @@ class Stage:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.metrics_file = open(self.dir / "metrics.jsonl", "a+", encoding="utf-8")
         self.metrics_file.truncate(found.get("metrics_bytes", 0))
-        if getattr(args, "tensorboard", False):
-            self.add_events = base.event_writer(self.dir, found.get("step", 0))
+        self.add_events = base.event_writer(args, self.dir, found.get("step", 0))
         return settings, found
 
     def steps(self, batches, **engines):
@@ -294,7 +294,7 @@ def clean_up():
         for stage in open_stages:
             shutil.rmtree(stage.dir, ignore_errors=True)
             if stage.out.is_dir() and set(os.listdir(stage.out)) <= {
-                    ".lock", ".run_all.lock", "commands.log"}:
+                    ".lock", ".report_lock", ".run_all.lock", "commands.log"}:
                 shutil.rmtree(stage.out)
 
 

@@ -19,6 +19,7 @@ from lab.base import die, log, user_files
 TOY = {"toy": ("helpful", "harmless"), "toy:summary": ("summary",)}
 SUFFIXES, PACKED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"), (".gz", ".zst")
 ROWS = {"chosen", "prompt", "instruction", "question", "messages", "conversations", "info"}
+QUOTED = re.compile(r'"([^"]|"")*"')  # a cell of CSV
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 # their names tell the task
 FOLDERS = {"Anthropic/hh-rlhf": [f"Anthropic/hh-rlhf:{folder}" for folder in (
@@ -169,9 +170,15 @@ def csv_rows(text):
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
     quoting = csv.QUOTE_MINIMAL
     if delimiter == "\t":  # which has no quotes by its standard, but many write them
-        text = io.StringIO(text.read())
-        quoting = csv.QUOTE_NONE if stray_quotes(text.read(), len(names)) else quoting
-        text.seek(0)
+        whole = text.read()
+        lines = [line.split("\t") for line in whole.split("\n")]
+        kinds = {bool(QUOTED.fullmatch(c)) for cells in lines for c in cells if c[:1] == '"'}
+        if False in kinds and all(len(x) == len(names) for x in lines if x != [""]):
+            if True in kinds:
+                yield from one_by_one(lines, names)
+                return
+            quoting = csv.QUOTE_NONE  # they are text
+        text = io.StringIO(whole)
     rows = csv.DictReader(text, names, delimiter=delimiter, strict=True, quoting=quoting)
     while True:
         try:
@@ -180,18 +187,23 @@ def csv_rows(text):
                 return
             if None in row:
                 row = Bad("more cells than the header has")
+            elif delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values() if v):
+                row = Bad("a quote that does not close")
         except csv.Error as problem:
             row = Bad(f"not CSV ({problem})")
         yield rows.reader.line_num + 1, row
 
 
-def stray_quotes(text, columns):
-    """Whether the quotes of tab-separated text are text: each line has all cells, and some cell
-    begins with a quote that it does not end with."""
-    rows = [line.split("\t") for line in text.split("\n") if line]
-    return all(len(cells) == columns for cells in rows) and any(
-        cell[:1] == '"' and not re.fullmatch(r'"([^"]|"")*"', cell)
-        for cells in rows for cell in cells)
+def one_by_one(lines, names):
+    """Rows of tab-separated lines of which some have cells in quotes and some a quote that does not
+    close: those are Bad, or they would swallow what follows."""
+    for n, cells in enumerate(lines, 2):
+        if any(c[:1] == '"' and not QUOTED.fullmatch(c) for c in cells):
+            yield n, Bad("a quote that does not close, where other cells are in quotes")
+        elif len(cells) == len(names):
+            yield n, dict(zip(names, next(csv.reader(["\t".join(cells)], delimiter="\t"))))
+        elif any(cells):
+            yield n, Bad(f"{len(cells)} cells, not {len(names)}")
 
 
 def json_rows(text):

@@ -47,6 +47,15 @@ def line(out, directories, purpose, working):
     return name, "done", f"{seconds / 60:.1f} min"
 
 
+def stages(run):
+    """(directories, purpose, ...) of each stage of a run directory, in order."""
+    made = [int(p.name.removesuffix(".partial")[6:]) for p in run.glob("06_ppo/round_*")]
+    info = read_json(run / "run.json")
+    usual = experiments.usual_rounds(info["preset"], info["limit"])
+    M = len({p.name.removesuffix(".partial") for p in run.glob("02_rm_ensemble/rm_*")})
+    return experiments.pipeline(max([*made, usual]), max(M, 1))
+
+
 def main():
     parser = argparse.ArgumentParser(prog="run_all.sh status", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,12 +66,8 @@ def main():
     if not runs:
         die(f"{out} holds no run: bash run_all.sh --out {out} makes one")
     for run in runs:
-        made = [int(p.name.removesuffix(".partial")[6:]) for p in run.glob("06_ppo/round_*")]
-        info = read_json(run / "run.json")
-        usual = experiments.usual_rounds(info["preset"], info["limit"])
-        M = len({p.name.removesuffix(".partial") for p in run.glob("02_rm_ensemble/rm_*")})
         print(f"== {run}" * (len(runs) > 1), end="\n" * (len(runs) > 1))
-        for directories, purpose, *_ in experiments.pipeline(max([*made, usual]), max(M, 1)):
+        for directories, purpose, *_ in stages(run):
             print("{:26} {:8} {}".format(*line(run, directories, purpose, in_use(run))))
 
 

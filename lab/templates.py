@@ -35,13 +35,14 @@ ENDS = re.compile(
     r"|<end_of_turn>|</s>|<eos>|<｜end▁of▁sentence｜>))+\s*\Z")
 # other marks, which are kept as text
 SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(INST|SYSTEM_PROMPT)\]"
-                     r"|^### (Human|Instruction|Assistant|Response)|(Human|Assistant)：|\n\nHuman:",
+                     r"|^### (Human|Instruction|Assistant|Response|Input)|^USER:"
+                     r"|(Human|Assistant)：|\n\nHuman:",
                      re.MULTILINE)
-# marks that are words, as (a text with them, the user's, the assistant's): of Vicuna, of Alpaca
-WORDED = [(re.compile(begin), user, assistant) for begin, user, assistant in (
-    (r"(?s)\s*(A chat between .*?)?USER:", r"(\A|\s+|</s>\s*)USER:\s*", r"\s+ASSISTANT:\s*"),
-    (r"(?s)\s*(Below is an instruction.*?)?### (Instruction|Human):",
-     r"(\A|\n\s*|</s>\s*)### (Instruction|Human):\s*", r"\n\s*### (Response|Assistant):\s*"))]
+# marks that are words: (how a text with them begins, a mark), of Vicuna, of Alpaca and Guanaco
+WORDED = [(re.compile(begin, re.DOTALL), re.compile(mark)) for begin, mark in (
+    (r"\s*(A chat between .*?)?USER:", r"(?:\A\s*|\s+|</s>\s*)(USER|ASSISTANT):"),
+    (r"\s*(Below is an instruction.*?)?### (Instruction|Human):",
+     r"\s*### (Instruction|Human|Response|Assistant):"))]
 UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
 DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
@@ -130,13 +131,23 @@ def render_hh(history, begun=None):
     return prompt if begun else prompt + ASSISTANT
 
 
+def reworded(text):
+    """HH's marks for Vicuna's and Alpaca's, in a text that begins with them or with the sentence
+    that goes before and whose turns alternate; any other as it is."""
+    for begin, mark in WORDED:
+        if begin.match(text):
+            first, *turns = mark.split(text)
+            marks = [HUMAN if role in ("USER", "Instruction", "Human") else ASSISTANT
+                     for role in turns[::2]]
+            if all(m == (HUMAN, ASSISTANT)[i % 2] for i, m in enumerate(marks)):
+                return first.strip() + "".join(f"{m} {content.strip()}".rstrip()
+                                               for m, content in zip(marks, turns[1::2]))
+    return text
+
+
 def one_form(text):
-    """A text with its newlines as one, and HH's marks for "User:" where only that is there, and for
-    Vicuna's and Alpaca's, in a text that begins with them or with the sentence that goes before."""
+    """A text with its newlines as one, and "User:" for "Human:" where only that is there."""
     text = re.sub("\r\n?", "\n", text)
-    for begin, user, assistant in WORDED:
-        if begin.match(text) and re.search(assistant, text):
-            text = re.sub(user, HUMAN + " ", re.sub(assistant, ASSISTANT + " ", text)).rstrip(" ")
     if "Human:" not in text and re.match(r"\s*User:", text) and "\nAssistant:" in text:
         text = re.sub(r"(\A\s*|\n)User:", r"\1Human:", text)
     return text

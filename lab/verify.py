@@ -17,7 +17,8 @@ from lab.base import EVENTS, HERE, die, launch, read_json, sha256
 from lab.manifest import (finished, head, in_order, other_inputs, read_manifest,
                           recorded_flags)
 
-ROOT_FILES = {"run.json", "commands.log", ".lock", ".run_all.lock"}  # of no stage directory
+# of no stage directory
+ROOT_FILES = {"run.json", "commands.log", ".lock", ".report_lock", ".run_all.lock"}
 STAGE_DIR = re.compile(r"(0[01389]_\w+|0[24567]_\w+/[^/]+)/")
 
 
@@ -35,7 +36,8 @@ def check_outputs(out, good, found):
                            f"swapped: {path} and {partner}" if partner else f"changed: {path}")
     for file in sorted(p for p in out.rglob("*") if p.is_file() or p.is_symlink()):
         path = str(file.relative_to(out))
-        if path in recorded or path in ROOT_FILES or ".partial/" in path or EVENTS in path:
+        if path in recorded or path in ROOT_FILES or ".partial/" in path or \
+                file.name.startswith(EVENTS):
             continue
         folder = (STAGE_DIR.match(path) or ["", ""])[1]
         broken = folder in found and folder not in good

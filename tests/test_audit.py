@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, all_cores, deepspeed, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab import base, manifest, record, verify
 
@@ -140,8 +141,8 @@ def test_sigkill_of_two_processes(run_copy, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, number):
-    command, partial = [sys.executable, *TRAIN, "--out",
-                        run_copy], run_copy / "04_rm_denoise/mine.partial"
+    command = [sys.executable, *TRAIN, "--tensorboard", "--out", run_copy]
+    partial = run_copy / "04_rm_denoise/mine.partial"
     process = start(tmp_path / "log", *command)
     # --limit 40 evaluates at steps 0 and 40 only: the first line means that the loop has begun or
     # is about to
@@ -172,6 +173,10 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, num
         assert "goes on after step" not in run(*command, "--restart").stdout
     else:
         assert "goes on after step" in run(*command).stdout
+        of = run_copy / "04_rm_denoise/mine"  # the event files of both processes, as one
+        events = EventAccumulator(str(of)).Reload().Scalars("accuracy_original")
+        steps = [json.loads(line)["step"] for line in open(of / "metrics.jsonl")]
+        assert [e.step for e in events] == steps and len(steps) == 2
     assert (run_copy / "04_rm_denoise/mine/manifest.json").exists()
 
 

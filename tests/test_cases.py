@@ -140,7 +140,8 @@ ROWS = [
     ("the Arena without a verdict", ARENA, "must be 1"),
     ("the Arena, several turns that differ", {
         "prompt": '["Hi", "Why?"]', "response_a": '["Hello.", "So."]',
-        "response_b": '["Ha.", null]', "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}, "prompts differ"),
+        "response_b": '["Ha.", null]', "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
+     "prompts differ"),
     ("the Arena, more turns than answers", {**ARENA, "prompt": '["Hi", "Why?"]', "winner_tie": 1},
      "as many turns"),
     ("Vicuna's marks", {"prompt": f"USER: {Q} ASSISTANT:", **AB}, HH),
@@ -151,6 +152,22 @@ ROWS = [
         "prompt": f"{ALPACA}\n\n### Instruction:\n{Q}\n\n### Response:", **AB}, ALPACA + HH),
     ("Alpaca's marks, whole", {side: f"### Instruction:\n{Q}\n\n### Response:\n{text}"
                                for side, text in AB.items()}, HH),
+    ("Vicuna's dialogues beside a plain prompt", {"prompt": Q, **{
+        side: f"USER: {Q} ASSISTANT: {text}" for side, text in AB.items()}}, HH),
+    ("Vicuna's prompt, repeated in dialogues that go on", {"prompt": "USER: Hi ASSISTANT:", **{
+        side: f"USER: Hi ASSISTANT: Hello. USER: {Q} ASSISTANT: {text}"
+        for side, text in AB.items()}}, TALK),
+    ("Vicuna's marks, no final one", {"prompt": f"USER: {Q}", **AB}, HH),
+    ("a mark quoted inside", {"prompt": "USER: It says USER: root. Why? ASSISTANT:", **AB},
+     "\n\nHuman: USER: It says USER: root. Why? ASSISTANT:\n\nAssistant:"),
+    ("Guanaco's marks", {side: f"### Human: Hi### Assistant: Hello.### Human: {Q}### Assistant: "
+                         + text for side, text in AB.items()}, TALK),
+    ("the Arena, native lists", {**ARENA, "prompt": [Q], "response_a": [B], "response_b": [A],
+                                 "winner_model_b": True}, HH),
+    ("the Arena, a list that is broken", {**ARENA, "prompt": f'["{Q}', "winner_tie": 1},
+     "not JSON"),
+    ("the Arena, a text in brackets", {**ARENA, "prompt": "[1] " + Q, "winner_model_b": 1},
+     HH.replace(Q, "[1] " + Q)),
     ("### Human: and ### Assistant:", {"prompt": f"### Human: {Q}\n### Assistant:", **AB}, HH),
     ("a question about marks", {"prompt": "What does USER: x ASSISTANT: mean?", **AB},
      "\n\nHuman: What does USER: x ASSISTANT: mean?\n\nAssistant:"),
@@ -340,7 +357,8 @@ def test_row(why, row, want):
     ({"prompt": "Hi", "prompt_id": "x", "messages": [
         user("Hi"), says("Hello."), user(), says(A)]}, "sft", [TALK, f" {A}"]),
     ({"prompt": HH, "messages": [user(), says(A)]}, "sft", [HH, f" {A}"]),
-    ({"prompt": Q, "messages": [user(), says(A)], "chosen": A}, "prompts", [HH])])
+    ({"prompt": Q, "messages": [user(), says(A)], "chosen": A}, "prompts", [HH]),
+    ({**ARENA, "prompt": f'["{Q}"]'}, "prompts", [HH])])
 def test_rows_of_other_kinds(row, kind, want):
     clean = formats.read_row(row, kind, formats.style_of("tiny"), "general")
     assert [clean[k] for k in ("prompt", "response") if k in clean] == want
@@ -418,6 +436,16 @@ def test_quotes_in_tab_separated_text(line, want):
     rows = [row for _, row in sources.csv_rows(io.StringIO(lines))]
     assert [row["prompt"] for row in rows] == [want, "Q"]
     assert all((row["chosen"], row["rejected"]) == ("A", "B") for row in rows)
+
+
+@pytest.mark.parametrize("lines", [
+    '"Why?\tA\tB\n"Q"\tA\tB\nR\tA\tB\n', '"R"\tA\tB\n"Why?\tA\tB\nQ\tA"\tB\n"R"\t"A"\tB\n',
+    '"Why \\"now\\"?"\t"A"\tB\nR\tA\tB\n', '"Why?\tA\tB\nQ\tA\nZ"\tA\tB\nR\tA\tB\n'])
+def test_a_stray_quote_beside_quoted_cells_is_an_error_not_a_swallowed_row(lines):
+    rows = [row for _, row in sources.csv_rows(io.StringIO(f"prompt\tchosen\trejected\n{lines}"))]
+    bad = [row for row in rows if isinstance(row, formats.Bad)]
+    assert bad and "quote" in str(bad[0]) or "CSV" in str(bad[0])
+    assert {"prompt": "R", "chosen": "A", "rejected": "B"} in rows
 
 
 @pytest.mark.parametrize("why, files, source", FILES, ids=[why for why, *_ in FILES])

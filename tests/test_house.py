@@ -47,7 +47,7 @@ def test_a_stage_imports_common_and_what_it_may_of_lab(path):
 
 
 def test_only_experiments_and_tests_load_stages():
-    assert ours(ROOT / "common.py") == {"lab.record", "lab.attention"}
+    assert ours(ROOT / "common.py") == {"lab.record"}
     loading = {p.name for p in PRODUCT if "import_module" in p.read_text()}
     assert loading == {"experiments.py"}
 

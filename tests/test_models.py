@@ -128,6 +128,11 @@ def test_family(family, runs):
             assert (rewards[:, 0] - recorded).abs().max() < 1e-3
             scored += len(rows)
     assert scored == 48
+    if template:  # and so does the code on its card
+        card = (out / "02_rm_ensemble/rm_01/README.md").read_text(encoding="utf-8")
+        values = {"path": out / "02_rm_ensemble/rm_01", "dialogue": dialogue(int(rows[0]["id"]), 1)}
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], values)
+        assert values["reward"].item() == pytest.approx(rows[0]["chosen_score_list"][1], abs=1e-3)
     for stage in ("01_sft", "06_ppo/round_1"):
         written = json.loads((out / stage / "generation_config.json").read_text())
         written.pop("transformers_version"), written.pop("_from_model_config", None)

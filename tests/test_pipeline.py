@@ -198,15 +198,15 @@ def test_every_model_has_a_card_whose_code_runs(real):
         assert ("hh_harmless_sample" in card.text) == REAL.exists() and str(REAL) not in card.text
         cards[stage] = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
     assert len(cards) == 1 + 10 + 5 + 4 + 3
-    row = json.loads((out / "03_strength/valid.jsonl").read_text().splitlines()[0])
-    code = cards["02_rm_ensemble/rm_03"].replace(
-        '"\\n\\nHuman: Hi\\n\\nAssistant: Hello."', 'row["prompt"][-60:] + row["chosen"][:20]')
-    values = {"row": row, "path": out / "02_rm_ensemble/rm_03"}
-    exec(code, values)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(values["path"])
-    ids = tokenizer(row["prompt"][-60:] + row["chosen"][:20] + tokenizer.eos_token)["input_ids"]
-    assert values["ids"]["input_ids"].tolist() == [ids]  # EOS at the end
-    assert values["reward"].shape == ()
+    path, values = out / "02_rm_ensemble/rm_03", {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    sizes = json.loads((out / "run.json").read_text())
+    row = next(r for r in map(json.loads, (out / "03_strength/train.jsonl").open()) if len(
+        tokenizer(r["prompt"])["input_ids"]) < sizes["max_prompt_tokens"] and len(
+        tokenizer(r["chosen"])["input_ids"]) < sizes["max_response_tokens"] - 1)  # not cut
+    exec(re.sub("text = .*", "text = row['prompt'] + row['chosen']",
+                cards["02_rm_ensemble/rm_03"]), values := {"row": row, "path": path})
+    assert values["reward"].item() == pytest.approx(row["chosen_score_list"][3], abs=1e-3)
     values["path"] = out / "06_ppo/round_1"
     exec(cards["06_ppo/round_1"], values)
     assert isinstance(values["answer"], str) and "Human: Hi" in values["answer"]

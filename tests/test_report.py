@@ -17,7 +17,7 @@ from conftest import ROOT, run
 from nbclient import NotebookClient
 from scipy import stats
 
-from lab import claims, experiments, figures, page as pages
+from lab import base, claims, experiments, figures, page as pages
 
 sys.path.insert(0, str(ROOT / "lessons"))
 import lesson  # noqa: E402
@@ -298,8 +298,9 @@ def test_chromium_shows_the_reader_and_the_lessons(browser):
             tab, heard, over = seen_in(browser, path, width, scheme)
             assert heard == [] and over <= 0, (path, width)
             broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).length"
-            assert tab.evaluate(broken) == 0 and tab.evaluate(
-                "document.querySelectorAll('math').length") > 0 or path.stem == "lesson_7"
+            assert tab.evaluate(broken) == 0
+            formulas = tab.evaluate("document.querySelectorAll('math').length")
+            assert (formulas > 0) == (path.stem != "lesson_7")
 
 
 def test_chromium_shows_the_page_of_experiments(page, browser):
@@ -498,7 +499,8 @@ def test_the_page_of_a_run_that_goes_on(page, tmp_path):
     that the run would miss."""
     out = shutil.copytree(page[0] / "seed_0", tmp_path / "out", ignore=shutil.ignore_patterns(
         "0[5-9]_*", "part_*", "tenth_*", "*_3_epochs", "soft_margin"))
-    (out / "04_rm_denoise/soft_margin.partial").mkdir()  # being trained
+    (out / "04_rm_denoise/soft_margin.partial").mkdir()  # being trained, by a process with the lock
+    base.lock(out)
     for keep in ("04_rm_denoise", "00_data"):
         text = run("python", "09_report.py", "--out", out).stdout
         assert "done in" in text and "Traceback" not in text
@@ -529,11 +531,8 @@ def test_reward_and_gold_part_where_gold_is_highest(tmp_path):
     assert part(rises)["part"] is None
     assert part(rises)["reward"] == [[i / 2 for i in range(20)]] * 2
     assert part(rises[:30] + rises[:10][::-1])["part"] == 30  # the last step of the highest mean
-    noise = np.random.default_rng(0).normal(size=40).tolist()
-    assert part(noise)["part"] is None  # no fall that noise would not show
-
-
-SIZES = [(width, scheme) for width in (400, 800, 1400) for scheme in ("light", "dark")]
+    noise = [np.random.default_rng(seed).normal(size=40).tolist() for seed in range(40)]
+    assert sum(part(x)["part"] is not None for x in noise) <= 5  # 2 are to be expected
 
 
 # ---------------------------------------------------------------- the lessons
@@ -562,8 +561,6 @@ def execute(path):
 def small(page, monkeypatch):
     """A run that has all that lessons look at."""
     monkeypatch.setenv("LESSON_RUN", str(page[0] / "seed_0"))
-    monkeypatch.setenv("LESSON_PAIRS", "120")
-    monkeypatch.setenv("LESSON_CLEAN", "--limit 2")
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
@@ -595,6 +592,15 @@ def test_a_wrong_answer_is_told_so(small, exercise, capsys):
     assert said.count("not yet") == 2 and said.count("not right yet") == len(WRONG[exercise])
 
 
+@pytest.mark.parametrize("command", lesson.MADE.values())
+def test_commands_of_the_lessons_run_are_taken(page, command, capsys, monkeypatch):
+    script, *flags = command.split()
+    monkeypatch.setattr("sys.argv", [script])
+    with pytest.raises(SystemExit) as stop:
+        lesson.stage(script[:-3]).main([*flags, "--dry_run", "--out", str(page[0] / "seed_0")])
+    assert not stop.value.code and '"stage"' in capsys.readouterr().out
+
+
 def test_every_exercise_has_wrong_answers_here():
     assert {e for path in LESSONS for e in answers(path)} == WRONG.keys() == {
         name.removeprefix("check_") for name in vars(lesson) if name.startswith("check_")}
@@ -616,4 +622,8 @@ def test_notebooks_are_stored_without_outputs_and_have_a_page():
         for cell in book.cells:  # as it is now: run python lessons/build.py
             if cell.cell_type == "code":
                 assert cell.source in shown, cell.source
+            else:
+                bare = re.sub(r"\$\$[^$]*\$\$|\$[^$]*\$|\]\([^)]*\)", " ", cell.source)
+                words = re.findall(r"\w{3,}", bare)
+                assert set(words) <= set(re.findall(r"\w{3,}", shown)), cell.source
         assert "http" not in re.sub(r"http://www.w3.org\S*", "", built)
