@@ -12,8 +12,9 @@ from functools import partial
 
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
     TRAINING, barrier, begin, device, die, finished, free, from_rank_0, gather_rows, inference,
-    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl,
-    replace_attention, require, set_seed, setup, user_files, world_size, write_jsonl, write_text)
+    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl, require,
+    replace_attention, save_stock, set_seed, setup, user_files, world_size, write_jsonl,
+    write_text)
 
 import torch
 import torch.nn.functional as F
@@ -342,10 +343,9 @@ def save_model(engine, path, tokenizer):
         tokenizer.padding_side = "left"  # for generation
         if isinstance(module, RewardModel):
             module, tokenizer.padding_side = module.model, "right"  # GPT-2's scores depend on it
-            state = {k[len("model."):]: v for k, v in state.items() if k.startswith("model.")}
+            state = {k[6:]: v for k, v in state.items() if k.startswith("model.")}
         module.config.pad_token_id = tokenizer.pad_token_id
-        module.save_pretrained(path, state_dict=state)
-        tokenizer.save_pretrained(path)
+        save_stock(module, state, tokenizer, path)
     barrier()
 
 

@@ -133,6 +133,26 @@ def replace_attention():
     import lab.attention  # noqa: F401
 
 
+def save_stock(module, state, tokenizer, path):
+    """Stock files of a model and its tokenizer. Other tools still have transformers 4, which knows
+    the tokenizer's class by another name, would hand token types on, which few models take, and
+    miss the base of the rotary embedding in silence: rewards would be others."""
+    module.save_pretrained(path, state_dict=state)
+    tokenizer.save_pretrained(path)
+    config = read_json(file := Path(path) / "tokenizer_config.json")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast",
+                   "model_input_names": ["input_ids", "attention_mask"]}
+        write_text(file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    config = read_json(file := Path(path) / "config.json")
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        other = rope.get("rope_type", "default") != "default"
+        config |= {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": {
+            k: v for k, v in rope.items() if k != "rope_theta"}} if other else {})
+        write_text(file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
 def initialize(**settings):
     """A DeepSpeed engine. Its import takes half a second, so it is where engines are."""
     import deepspeed

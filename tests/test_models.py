@@ -128,6 +128,13 @@ def test_family(family, runs):
             assert (rewards[:, 0] - recorded).abs().max() < 1e-3
             scored += len(rows)
     assert scored == 48
+    # transformers 4 would miss these, the second in silence
+    for stage in ("01_sft", "02_rm_ensemble/rm_01"):
+        config, told = (json.loads((out / stage / f"{name}config.json").read_text())
+                        for name in ("", "tokenizer_"))
+        assert told["tokenizer_class"] != "TokenizersBackend"
+        rope = config.get("rope_parameters", {})
+        assert config.get("rope_theta") == rope.get("rope_theta")
     if template:  # and so does the code on its card
         card = (out / "02_rm_ensemble/rm_01/README.md").read_text(encoding="utf-8")
         values = {"path": out / "02_rm_ensemble/rm_01", "dialogue": dialogue(int(rows[0]["id"]), 1)}
