@@ -21,7 +21,8 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --soft: #f3f3f1; --mute: #5c5c58; --link: #005a9c }}
-@media (prefers-color-scheme: dark) {{ :root {{ --soft: #242627; --mute: #a5a5a0; --link: #7cc0f5 }}
+@media screen and (prefers-color-scheme: dark) {{
+  :root {{ --soft: #242627; --mute: #a5a5a0; --link: #7cc0f5 }}
   body {{ background: #191a1b; color: #e6e6e2 }} img {{ filter: invert(.9) hue-rotate(180deg) }} }}
 body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 52rem; margin: auto; padding: 1rem;
   overflow-wrap: break-word }}
@@ -33,7 +34,7 @@ pre {{ background: var(--soft); padding: .6rem; font-size: .85rem; overflow-x: a
 .formula {{ overflow-x: auto }}
 .k, .kn, .kc {{ color: #b34700 }} .s1, .s2, .sa, .si, .sd {{ color: #007a5a }}
 .c1 {{ color: var(--mute) }}
-@media (prefers-color-scheme: dark) {{ .k, .kn, .kc {{ color: #ff9d5c }}
+@media screen and (prefers-color-scheme: dark) {{ .k, .kn, .kc {{ color: #ff9d5c }}
   .s1, .s2, .sa, .si, .sd {{ color: #5ad1ae }} }}
 </style></head><body>
 {body}

@@ -303,6 +303,31 @@ def test_chromium_shows_the_reader_and_the_lessons(browser):
             assert (formulas > 0) == (path.stem != "lesson_7")
 
 
+def test_contrast_is_wcag_s_aa():
+    """4.5 to 1 for every text on what lies behind it, light and dark (WCAG 2.1, 1.4.3)."""
+    def light(colour):
+        digits = colour[1:] if len(colour) > 4 else "".join(2 * x for x in colour[1:])
+        parts = [int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)]
+        return np.dot([0.2126, 0.7152, 0.0722], [
+            x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts])
+
+    def ratio(*colours):
+        dark, bright = sorted(map(light, colours))
+        return (bright + 0.05) / (dark + 0.05)
+    assert ratio("#fff", "#000000") == pytest.approx(21)
+    for form, names in (("page", ("text", "mute", "link")), ("reader", ("text", "mute", "link"))):
+        css = (ROOT / f"lab/{form}.html").read_text(encoding="utf-8")
+        schemes = [dict(re.findall(r"--(\w+): (#\w+)", of)) for of in re.findall(
+            r":root {(.*?)}", css, re.DOTALL)]
+        assert len(schemes) == 2
+        for scheme in schemes:
+            assert all(ratio(scheme[name], scheme[behind]) >= 4.5
+                       for name in names for behind in ("page", "soft")), (form, scheme)
+    badges = re.findall(r"\.(?:holds|fails|not) { background: (#\w+)", (
+        ROOT / "lab/page.html").read_text(encoding="utf-8"))
+    assert len(badges) == 3 and all(ratio("#fff", b) >= 4.5 for b in badges)
+
+
 def test_chromium_shows_the_page_of_experiments(page, browser):
     if not browser:
         pytest.skip("there is no Chromium here")
