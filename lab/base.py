@@ -140,7 +140,7 @@ def save_stock(module, state, tokenizer, path):
     module.save_pretrained(path, state_dict=state)
     tokenizer.save_pretrained(path)
     config = read_json(file := Path(path) / "tokenizer_config.json")
-    if config["tokenizer_class"] == "TokenizersBackend":
+    if config.get("tokenizer_class") == "TokenizersBackend":
         config |= {"tokenizer_class": "PreTrainedTokenizerFast",
                    "model_input_names": ["input_ids", "attention_mask"]}
         write_text(file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -290,15 +290,16 @@ def data_parting(run):
         raise Missing("the true preference is not known")
     gold = np.concatenate([x["gold"] for x in found])
     width = max(1, len(found[0]["gold"]) // 5)
-    draw, falls = np.random.default_rng(0), []
-    for order in (gold, *(draw.permutation(gold) for _ in range(400))):
-        smooth = np.convolve(order, np.ones(width) / width, "valid")
-        falls.append(smooth.max() - smooth[-1])
-    smooth = np.convolve(gold, np.ones(width) / width, "valid")
+
+    def running_mean(x):
+        return np.convolve(x, np.ones(width) / width, "valid")
+    draw, smooth = np.random.default_rng(0), running_mean(gold)
+    falls = [x.max() - x[-1] for x in (running_mean(draw.permutation(gold)) for _ in range(400))]
     return {"reward": [((np.array(x["reward"]) - x["reward"][0]) / x["reward_std"][-1]
                         ).round(4).tolist() for x in found],
             "gold": gold.tolist(), "smooth": smooth.round(4).tolist(),
-            "part": int(smooth.argmax()) + width if falls[0] > np.quantile(falls, 0.95) else None}
+            "part": int(smooth.argmax()) + width
+            if smooth.max() - smooth[-1] > np.quantile(falls, 0.95) else None}
 
 
 def data_table_1(run):
