@@ -9,15 +9,17 @@ tests/test_scale.py holds them against measured peaks. CUDA's own gigabyte, and 
 loses between tensors, are not in it.
 """
 import argparse
-import json
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import CHUNK  # noqa: E402  (the project's root is on the path now)
+from lab.record import CHOICES  # noqa: E402
+
 LLAMA = transformers.LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False)
@@ -28,7 +30,6 @@ CASES = [("Llama-2-7B", LLAMA, "paper", 8, 79), ("Qwen2.5-0.5B", QWEN, "small", 
 STAGES = ["00_data", "01_sft", "02_rm_ensemble", "04_rm_denoise", "05_rm_contrastive", "06_ppo",
           "07_metarm", "08_evaluate"]
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size, stage3_max_live_...
-CHUNK = 256  # common.CHUNK, which tests/test_scale.py compares
 
 
 def parameters(config, policy):
@@ -152,10 +153,10 @@ def total(parts):
 
 
 def hyperparameters(preset):
-    """{stage: its hyperparameters}, as each prints them."""
-    done = [subprocess.run([sys.executable, ROOT / f"{name}.py", "--preset", preset, "--dry_run"],
-                           capture_output=True, text=True, check=True) for name in STAGES]
-    return {name: json.loads(d.stdout.splitlines()[-1]) for name, d in zip(STAGES, done)}
+    """{stage: its hyperparameters} on a GPU."""
+    column = CHOICES["preset"].index(preset)
+    return {name: {k: row[column] for k, row in import_module(name).HPARAMS.items()}
+            for name in STAGES}
 
 
 def report(name, config, tables, preset, G, most):

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +43,7 @@ CHOICES = {"preset": ("paper", "small", "toy"), "zero": (0, 1, 2, 3),
 TRAINING = {
     "zero": (2, 0, 0, "DeepSpeed ZeRO stage"),
     "precision": ("bf16", "autocast", "fp32", "bf16: parameters in bf16, master copy in fp32; "
-                  "autocast: parameters in fp32"),
+                  "autocast: parameters in fp32; small: fp32 where a CPU has no bf16"),
     "max_grad_norm": (1.0, 1.0, 1.0, "gradient clipping"),
     "gradient_checkpointing": (True, False, False, "recompute activations in the backward pass"),
     "save_every": (200, 50, 25, "steps between checkpoints, from which the same command goes on"),
@@ -103,6 +102,8 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     if not 0 <= args.seed < 2**31:
         die(f"--seed must lie between 0 and {2**31 - 1}, not {args.seed}")
     column = CHOICES["preset"].index(args.preset)
+    if "precision" in hparams and args.precision is None and args.preset == "small":
+        args.precision = None if base.FAST_BF16 else "fp32"  # parameters are fp32 in both
     for name, row in hparams.items():
         value = row[column] if getattr(args, name) is None else getattr(args, name)
         check_value(name, value, row)
@@ -266,11 +267,12 @@ class Stage:
         outputs |= {"run.json": hash_text(canonical(run))} if run else {}
         code, before = code_hashes(self.script), (self.checkpoint or {}).get("code", {})
         other = {f: v for f, v in before.items() if code.get(f) != v}
-        now = time.time()
+        times = self.start, time.time()
+        start, end = (time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(t)) for t in times)
         manifest = {
             "stage": self.name, "script": self.script, "command": shlex.join(sys.argv),
-            **self.settings, "start": clock(self.start), "end": clock(now),
-            "seconds": round(now - self.start, 1),
+            **self.settings, "start": start, "end": end,
+            "seconds": round(times[1] - times[0], 1),
             "git_commit": git("rev-parse", "HEAD").strip(),
             "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")), "code": code,
             **({"code_before_resume": other} if other else {}),  # of the steps to the checkpoint
@@ -307,10 +309,6 @@ def git(*words):
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout
     except OSError:
         return ""
-
-
-def clock(seconds):
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 
 def promote(directory):

@@ -1,9 +1,11 @@
 """bench/memory.py against measured peaks, and docs/scale.md against bench/memory.py."""
 import json
 import sys
+import time
 from importlib import import_module
 
 import pytest
+import torch
 from conftest import ROOT, deepspeed
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -36,13 +38,25 @@ def test_memory_is_what_the_formula_says(processes, cases, tmp_path):
 
 def test_tables_are_of_this_code_and_fit():
     import memory
-
-    import common
-    assert memory.CHUNK == common.CHUNK
     text = (ROOT / "docs/scale.md").read_text()
     assert "too much" not in text
     for name, config, preset, G, most in memory.CASES:
-        column = ("paper", "small").index(preset)
-        tables = {stage: {k: row[column] for k, row in import_module(stage).HPARAMS.items()}
-                  for stage in memory.STAGES}
+        tables = memory.hyperparameters(preset)
         assert memory.report(name, config, tables, preset, G, most) in text
+
+
+def test_small_takes_bf16_where_it_is_fast(capsys):
+    """Without instructions for it a CPU emulates bf16: by a hundred times, not by a few."""
+    def seconds(dtype):
+        x, start = torch.ones(512, 512, dtype=dtype), time.perf_counter()
+        for _ in range(3):
+            x @ x
+        return time.perf_counter() - start
+    seconds(torch.float32)
+    fast = seconds(torch.bfloat16) < 10 * seconds(torch.float32)
+    for stage in ("02_rm_ensemble", "07_metarm", "08_evaluate"):
+        for flags, expected in (([], "autocast" if fast else "fp32"),
+                                (["--precision", "autocast"], "autocast")):
+            with pytest.raises(SystemExit):
+                import_module(stage).main(["--preset", "small", "--dry_run", *flags])
+            assert json.loads(capsys.readouterr().out)["precision"] == expected
