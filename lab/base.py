@@ -183,6 +183,15 @@ def die(message):
     sys.exit(2)
 
 
+def value_of(args, name, row, column):
+    """A hyperparameter: a flag's value, else that of the preset's column, where `small` computes in
+    fp32 instead of autocast on a CPU without bf16."""
+    if getattr(args, name) is not None:
+        return getattr(args, name)
+    slow = column == 1 and name == "precision" and not FAST_BF16
+    return "fp32" if slow else row[column]
+
+
 def check_value(name, value, row):
     """Stop on a number that a hyperparameter cannot be meant to have. row: its columns."""
     if isinstance(value, (bool, str)):

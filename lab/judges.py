@@ -30,6 +30,7 @@ import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 import scipy.stats
@@ -302,13 +303,15 @@ def describe(report):
 
 
 def check_server(args):
-    """Stop at once where the address is none, nobody listens there, or the package is missing."""
+    """Stop at once where the address is none, nobody listens there, or the package is missing. What
+    a proxy of the environment reaches, which the client goes through, is not known beforehand."""
     url = urlsplit(args.judge)
     if "@" in url.netloc or url.query:
         common.die("--judge: no name or key in the address; the key is taken from OPENAI_API_KEY")
     try:
         port = url.port or (443 if url.scheme == "https" else 80)
-        socket.create_connection((url.hostname, port), timeout=10).close()
+        if not getproxies().get(url.scheme) or proxy_bypass(url.hostname):
+            socket.create_connection((url.hostname, port), timeout=10).close()
     except (OSError, ValueError) as error:
         common.die(f"no judge answers at {args.judge} ({error})")
     try:

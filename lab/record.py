@@ -102,10 +102,8 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     if not 0 <= args.seed < 2**31:
         die(f"--seed must lie between 0 and {2**31 - 1}, not {args.seed}")
     column = CHOICES["preset"].index(args.preset)
-    if "precision" in hparams and args.precision is None and args.preset == "small":
-        args.precision = None if base.FAST_BF16 else "fp32"  # parameters are fp32 in both
     for name, row in hparams.items():
-        value = row[column] if getattr(args, name) is None else getattr(args, name)
+        value = base.value_of(args, name, row, column)
         check_value(name, value, row)
         if args.limit and name == "save_every":
             value = min(value, max(1, args.limit // 2))  # a smoke run tries checkpoints too

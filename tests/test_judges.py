@@ -192,6 +192,19 @@ def test_a_server_that_misbehaves(small_run, tmp_path, key, monkeypatch):
         assert judges.compare(run, asked)[0] == verdicts and len(server.asked) == before
 
 
+def test_a_server_behind_a_proxy(small_run, tmp_path, monkeypatch):
+    """A host that this machine cannot look up, through the environment's proxy."""
+    with Server(longer) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        run = run_of(small_run, tmp_path, "http://judge.invalid/v1")
+        judges.check_server(run.args)
+        verdicts, _ = judges.compare(run, items(4))
+    assert verdicts == [int(np.sign(len(x["first"]) - len(x["second"]))) for x in items(4)]
+    monkeypatch.setenv("no_proxy", "judge.invalid")
+    with pytest.raises(SystemExit):
+        judges.check_server(run.args)
+
+
 @pytest.mark.parametrize("both", [None, True])
 def test_a_judge_that_always_says_A(small_run, tmp_path, both):
     """Its wins are those of the drawn order, about as many as its loses, or all ties; and that it
