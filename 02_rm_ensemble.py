@@ -16,6 +16,7 @@ those models only that did not train on it (held_out.json).
 """
 import json
 import random
+from functools import partial
 
 import torch.nn.functional as F
 
@@ -75,6 +76,16 @@ def train_member(args, m, tokenizer, train, valid, sft):
     run.finish(valid_accuracy=result["accuracy_original"], steps=steps)
 
 
+def train_members(args, data, sft, members):
+    common.setup(args)
+    tokenizer = common.load_tokenizer(sft)
+    _, train = common.encode_pairs(tokenizer, common.read_jsonl(data / "train.jsonl"), args.run)
+    _, valid = common.encode_pairs(tokenizer, common.read_jsonl(data / "valid.jsonl"), args.run)
+    del args.hparams["M"]  # of the launch, not of a member: a larger M keeps those there are
+    for m in members:
+        train_member(args, m, tokenizer, train, valid, sft)
+
+
 def main(argv=None):
     args = common.parse_args(__doc__, HPARAMS, lambda flag: flag(
         "--members", type=int, nargs="+", help="train only these (default: all M)"), argv)
@@ -82,13 +93,8 @@ def main(argv=None):
         common.die("--folds must be 2 or more, and --M a multiple of it")
     data = common.require(args, "00_data", "python 00_data.py")
     sft = common.require(args, "01_sft", "python 01_sft.py")
-    common.setup(args)
-    tokenizer = common.load_tokenizer(sft)
-    _, train = common.encode_pairs(tokenizer, common.read_jsonl(data / "train.jsonl"), args.run)
-    _, valid = common.encode_pairs(tokenizer, common.read_jsonl(data / "valid.jsonl"), args.run)
-    del args.hparams["M"]  # of the launch, not of a member: a larger M keeps those there are
-    for m in args.members or range(args.M):
-        train_member(args, m, tokenizer, train, valid, sft)
+    common.side_by_side(args, args.members or range(args.M),
+                        partial(train_members, args, data, sft))
 
 
 if __name__ == "__main__":

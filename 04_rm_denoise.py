@@ -24,6 +24,7 @@ paper.
     deepspeed 04_rm_denoise.py --methods flip --percentile 0 10 --flip_below 1    # Figure 5
 """
 import random
+from functools import partial
 
 import torch.nn.functional as F
 
@@ -145,6 +146,21 @@ def directory_name(method, given):
     return "_".join([method, *parts])
 
 
+def train_methods(args, train, valid, gold, sft, methods):
+    common.setup(args)
+    tokenizer = common.load_tokenizer(sft)
+    _, gold = common.encode_pairs(tokenizer, gold, args.run)
+    given = {k: getattr(args, k) for k in SWITCHES if getattr(args, k) is not None}
+    values = args.hparams
+    for method in methods:
+        switches = SWITCHES | METHODS[method] | given
+        args.hparams = values | switches
+        low, high = switches.pop("percentile")
+        rows = relabel(percentile_slice(train, low, high), **switches)
+        name = args.name or directory_name(method, given)
+        train_method(args, name, rows, valid, gold, sft, tokenizer)
+
+
 def main(argv=None):
     def add_flags(flag):
         flag("--methods", nargs="+", choices=METHODS, default=list(METHODS),
@@ -171,18 +187,8 @@ def main(argv=None):
     for name in ("flip_below", "smoothing"):
         if not 0 <= (getattr(args, name) or 0) <= 1:
             common.die(f"--{name} must lie between 0 and 1")
-    common.setup(args)
-    tokenizer = common.load_tokenizer(sft)
-    _, gold = common.encode_pairs(tokenizer, common.read_jsonl(strength / "gold.jsonl"), args.run)
-    given = {k: getattr(args, k) for k in SWITCHES if getattr(args, k) is not None}
-    values = args.hparams
-    for method in args.methods:
-        switches = SWITCHES | METHODS[method] | given
-        args.hparams = values | switches
-        low, high = switches.pop("percentile")
-        rows = relabel(percentile_slice(train, low, high), **switches)
-        name = args.name or directory_name(method, given)
-        train_method(args, name, rows, valid, gold, sft, tokenizer)
+    common.side_by_side(args, args.methods, partial(
+        train_methods, args, train, valid, common.read_jsonl(strength / "gold.jsonl"), sft))
 
 
 if __name__ == "__main__":

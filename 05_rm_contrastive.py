@@ -22,6 +22,7 @@ accumulation the contrastive batch is one micro batch of every process.
 """
 import json
 import random
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -220,6 +221,18 @@ def write_features(run, models, valid, tokenizer):
     return {"silhouette": float(silhouettes.mean()), "linear_probe_accuracy": float(told.mean())}
 
 
+def train_methods(args, strength, like, sft, methods):
+    common.setup(args)
+    args.hparams["like"] = args.like
+    tokenizer = common.load_tokenizer(sft)
+    _, train = common.encode_pairs(tokenizer, common.read_jsonl(like / "train.jsonl"), args.run)
+    valid, gold = (common.read_jsonl(strength / f"{name}.jsonl") for name in ("valid", "gold"))
+    _, gold = common.encode_pairs(tokenizer, gold, args.run)
+    for method in methods:
+        name = args.name or (method if args.like == "baseline" else f"{method}_{args.like}")
+        train_method(args, method, name, tokenizer, train, valid, gold, sft)
+
+
 def main(argv=None):
     def add_flags(flag):
         flag("--methods", nargs="+", choices=METHODS, default=list(METHODS),
@@ -235,15 +248,7 @@ def main(argv=None):
         common.die("--name goes with one method: add --methods NAME")
     if args.name and not common.is_name(args.name):
         common.die(f"--name {args.name} cannot be a directory of this stage")
-    common.setup(args)
-    args.hparams["like"] = args.like
-    tokenizer = common.load_tokenizer(sft)
-    _, train = common.encode_pairs(tokenizer, common.read_jsonl(like / "train.jsonl"), args.run)
-    valid, gold = (common.read_jsonl(strength / f"{name}.jsonl") for name in ("valid", "gold"))
-    _, gold = common.encode_pairs(tokenizer, gold, args.run)
-    for method in args.methods:
-        name = args.name or (method if args.like == "baseline" else f"{method}_{args.like}")
-        train_method(args, method, name, tokenizer, train, valid, gold, sft)
+    common.side_by_side(args, args.methods, partial(train_methods, args, strength, like, sft))
 
 
 if __name__ == "__main__":

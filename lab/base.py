@@ -21,15 +21,17 @@ gc.disable()  # imports make a million objects and no garbage
 import numpy  # noqa: E402  (after the environment is set)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 gc.enable()
+tqdm.monitor_interval = 0  # no thread beside the main one, which lab/forks.py forks
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a terminal of Latin-1 shows ? for what it lacks
         stream.reconfigure(errors="replace")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
 HERE = Path(__file__).resolve().parents[1]
-locks = {}
+locks, lane = {}, 0  # lane: among the processes of lab/forks.py
 # hyperparameters that 0 would make meaningless, and those that are a share
 POSITIVE = {"epochs", "lr", "actor_lr", "critic_lr", "temperature", "top_p", "repetition_penalty",
             "simcse_tau", "swav_tau", "epsilon", "reward_clip", "clip", "value_clip"}
@@ -85,20 +87,24 @@ def setup(args):
     else:
         sizes = map(os.environ.get, ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))  # DeepSpeed's, torchrun's
         local = int(next(filter(None, sizes), world_size()))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local))
+        torch.set_num_threads(getattr(args, "threads", None) or max(1, cores() // local))
     # the one operator that DeepSpeed would compile here serves inference only; compiling it needs
     # a C++ compiler, and a process killed meanwhile leaves a lock that all others wait for
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", verbose=False)
     set_seed(args.seed)
-    log(f"{Path(sys.argv[0]).name}: preset {args.preset}, seed {args.seed}, {world_size()} "
-        f"process(es) on {device().type}",
-        *(f"{k} {v}" for k, v in args.hparams.items()), sep=", ")
+    if lane == 0:
+        log(f"{Path(sys.argv[0]).name}: preset {args.preset}, seed {args.seed}, {world_size()} "
+            f"process(es) on {device().type}",
+            *(f"{k} {v}" for k, v in args.hparams.items()), sep=", ")
     if not FAST_BF16 and getattr(args, "precision", "fp32") != "fp32":
         log(f"warning: this CPU has no bf16: --precision fp32 takes a hundredth of the time of "
             f"{args.precision}")
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def barrier():
@@ -211,9 +217,8 @@ def log(*parts, **more):
 
 def progress(iterable, description, total=None, initial=0):
     """tqdm on rank 0; few lines when stderr is a file. `initial`: steps done before."""
-    from tqdm import tqdm
     # in a log file: a line now and then, none for what ends soon
-    slow = {} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
+    slow = {"position": lane} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
     return tqdm(iterable, description, total, initial=initial, disable=rank() != 0, leave=False,
                 **slow)
 
@@ -316,7 +321,6 @@ def write_jsonl(path, rows):
 
 def sha256(path):
     """Hex digest of a file, streamed; a progress bar for those of a gigabyte and more."""
-    from tqdm import tqdm
     size, digest = os.path.getsize(path), hashlib.sha256()
     with open(path, "rb") as file, tqdm(
             total=size, desc=f"hashing {Path(path).name}", unit="B", unit_scale=True, leave=False,

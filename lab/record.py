@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab import base, card, checkpoint
+from lab import base, card, checkpoint, forks
 from lab.base import (  # noqa: F401  (some for common to hand on)
     EVENTS, HERE, barrier, check_shared, check_value, code_hashes, device, die, free, from_rank_0,
     gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed, setup, sync,
@@ -299,6 +299,7 @@ def clean_up():
 
 
 launch = partial(base.launch, clean_up=clean_up)
+side_by_side = partial(forks.side_by_side, launch=launch)
 
 
 def git(*words):

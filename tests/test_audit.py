@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, all_cores, deepspeed, run
+from conftest import CORES, ROOT, all_cores, deepspeed, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab import base, manifest, record, verify
@@ -139,15 +139,14 @@ def test_sigkill_of_two_processes(run_copy, tmp_path):
     assert killed == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, number):
-    command = [sys.executable, *TRAIN, "--tensorboard", "--out", run_copy]
+def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path):
+    command = [sys.executable, *TRAIN, "--out", run_copy]
     partial = run_copy / "04_rm_denoise/mine.partial"
     process = start(tmp_path / "log", *command)
     assert wait_for(lambda: list(partial.glob("checkpoint_*")), process)  # of step 20 of 40
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     text = (tmp_path / "log").read_text() if process.wait() == record.STOPPED else ""
-    assert re.search(rf"stopped by {number.name} after step \d+ of \d+.*the same command goes on",
+    assert re.search(r"stopped by SIGINT after step \d+ of \d+.*the same command goes on",
                      text), text
     assert len(list(
         partial.glob("checkpoint_*"))) == 1 and not (run_copy / "04_rm_denoise/mine").exists()
@@ -158,22 +157,42 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path, num
     assert refused.returncode == 2 and "--lr (0.001 then, 0.01 now)" in line
     assert "seed (0 then, 7 now)" in line
     assert "--restart" in line and list(partial.glob("checkpoint_*"))
-    if number == signal.SIGINT:  # a damaged checkpoint is a pickle that is not loaded
-        state = next(partial.glob("checkpoint_*/rm/*.pt"))
-        data = bytearray(state.read_bytes())
-        data[len(data) // 2] ^= 1
-        state.write_bytes(data)
-        damaged = run(*command, check=False)
-        assert damaged.returncode == 2 and state.name in damaged.stdout
-        assert "is damaged" in damaged.stdout
-        assert "goes on after step" not in run(*command, "--restart").stdout
-    else:
-        assert "goes on after step" in run(*command).stdout
-        of = run_copy / "04_rm_denoise/mine"  # the event files of both processes, as one
-        events = EventAccumulator(str(of)).Reload().Scalars("accuracy_original")
-        steps = [json.loads(line)["step"] for line in open(of / "metrics.jsonl")]
-        assert [e.step for e in events] == steps and len(steps) == 2
+    state = next(partial.glob("checkpoint_*/rm/*.pt"))  # damaged: a pickle that is not loaded
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    damaged = run(*command, check=False)
+    assert damaged.returncode == 2 and state.name in damaged.stdout
+    assert "is damaged" in damaged.stdout
+    assert "goes on after step" not in run(*command, "--restart").stdout
     assert (run_copy / "04_rm_denoise/mine/manifest.json").exists()
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="one core")
+def test_models_side_by_side_killed_and_stopped(small_run, run_copy, tmp_path):
+    """Two processes, a core each, make what one makes on one core. Neither outlives a SIGKILL of
+    the first, and its SIGTERM stops both after a checkpoint."""
+    command = [sys.executable, "04_rm_denoise.py", "--methods", "flip", "margin", "--epochs", 4,
+               "--batch_size", 16, "--eval_every", 200, "--tensorboard", "--out"]
+    alone = shutil.copytree(small_run, tmp_path / "alone")
+    run(*command, alone)
+    folders, log = [run_copy / "04_rm_denoise" / m for m in ("flip", "margin")], tmp_path / "log"
+    process = start(log, *command, run_copy, processes=2)
+    assert wait_for(lambda: all(list(f.parent.glob(f"{f.name}.partial/checkpoint_*"))
+                                for f in folders), process), log.read_text()[-2000:]
+    process.kill(), process.wait()
+    process = start(log, *command, run_copy, processes=2)
+    assert wait_for(lambda: log.read_text().count("goes on after step") == 2, process)
+    process.terminate()
+    assert process.wait() == record.STOPPED and log.read_text().count("stopped by SIGTERM") == 2
+    assert run(*command, run_copy, processes=2).stdout.count("goes on after step") == 2
+    for name, folder in zip(("flip", "margin"), folders):
+        outputs = [json.loads((out / "04_rm_denoise" / name / "manifest.json").read_text())[
+            "outputs"] for out in (alone, run_copy)]
+        assert outputs[0] == outputs[1]
+        events = EventAccumulator(str(folder)).Reload().Scalars("accuracy_original")
+        steps = [json.loads(line)["step"] for line in open(folder / "metrics.jsonl")]
+        assert [e.step for e in events] == steps and len(steps) == 2  # of three processes, as one
 
 
 def test_the_driver_passes_a_signal_on(copy, tmp_path):

@@ -428,26 +428,9 @@ def test_02_members_differ_are_reproduced_and_kept(run_copy, small_run):
     a, b = (load_file(small_run / f"02_rm_ensemble/{m}/model.safetensors")
             for m in ("rm_00", "rm_01"))
     assert (a["score.weight"] - b["score.weight"]).abs().max() > 0.05  # not the same head
-    batches = [
-        [
-            g["id"] for batch in common.batches(
-                [{"id": i, "prompt": [0] * i, "responses": [[1]]} for i in range(40)],
-                # m
-                # e
-                # m
-                # b
-                # e
-                # r
-                # s
-                # '
-                # s
-                # e
-                # e
-                # d
-                # s
-                8,
-                5,
-                seed) for g in batch] for seed in (0, 1)]
+    groups = [{"id": i, "prompt": [0] * i, "responses": [[1]]} for i in range(40)]
+    batches = [[g["id"] for batch in common.batches(groups, 8, 5, seed) for g in batch]
+               for seed in (0, 1)]  # members' seeds
     assert batches[0] != batches[1] and sorted(batches[0]) == sorted(batches[1]) == list(range(40))
 
 

@@ -1,0 +1,56 @@
+"""Models that do not need each other, trained side by side."""
+import ctypes
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lab import base
+
+
+def side_by_side(args, names, train, launch):
+    """`train(names)`, which sets its process up and makes a model each. Toy models, which two
+    threads hardly make faster, take one thread each, so that their bits do not depend on a
+    machine's cores; under Linux forked processes, one a core, share them out. All others are
+    trained by this process, or by those of DeepSpeed's launcher, one after another."""
+    single = args.preset == "toy" and base.device().type == "cpu" and base.world_size() == 1
+    args.threads = 1 if single else None  # for `setup`
+    safe = sys.platform == "linux" and threading.active_count() == 1 and not dist.is_initialized()
+    lanes, children = min(base.cores(), len(names)) if single and safe else 1, []
+    if lanes > 1:
+        base.lock(Path(args.out))  # children inherit it
+    for lane in range(1, lanes):
+        sys.stdout.flush(), sys.stderr.flush()
+        if child := os.fork():
+            children.append(child)
+            continue
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child is left behind
+        os.environ["MASTER_PORT"], base.lane, code = "0", lane, 0
+        try:
+            launch(lambda: train(names[lane::lanes]))  # noqa: B023
+        except SystemExit as stop:
+            code = stop.code or 0
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    try:
+        train(names[::lanes])
+    except BaseException:
+        stop_all(children)
+        raise
+    finally:
+        if children:
+            signal.signal(signal.SIGTERM, lambda *_: stop_all(children))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if min(codes, default=0) < 0:
+        raise RuntimeError(f"a process beside this one was ended by signal {-min(codes)}")
+    if any(codes):
+        sys.exit(max(codes))
+
+
+def stop_all(children):
+    """Have processes stop, after a checkpoint if they train."""
+    for child in children:
+        os.kill(child, signal.SIGTERM)
