@@ -18,6 +18,7 @@ from lab.manifest import finished, head, recorded_flags
 TEXTS = ("table_1", "samples")
 # what a run's page opens with; all else is in the paper's order
 OPENING = ("figure_01", "table_1", "accuracies", "table_2", "parting", "samples")
+LABELLED = ("figure_03", "figure_08", "accuracies")  # by the judge's labels too
 SCALE = 1.6  # pixels of a picture to one of the page
 
 
@@ -56,6 +57,15 @@ def judge_of(manifests):
                      for name, j in found.items() if j)
 
 
+def judged(run):
+    """{stage: its judge, in a sentence}: of policies and, where one that reads did, of labels."""
+    found = {stage: read_json(run.path / stage / "manifest.json")["metrics"]
+             for stage in finished(run.path) if stage in ("03_strength", "08_evaluate")}
+    reports = {stage: m.get("report", m.get("judge")) for stage, m in found.items()}
+    return {stage: judges.describe(r) if "items" in r else f"judge {found[stage]['judge']}"
+            for stage, r in reports.items() if r}
+
+
 def what_was_run(runs):
     """Preset, data, model, judge, minutes, hardware and head of every run directory."""
     rows = [["run", "preset", "data", "model", "judge", "minutes", "hardware",
@@ -77,12 +87,12 @@ def what_was_run(runs):
 def in_one_line(run):
     """A run in a sentence, from what stays the same when it is replayed."""
     info, made = read_json(run.path / "run.json"), finished(run.path)
-    sources = "the embedded world" if info["preferences"] == ["toy"] else ", ".join(
+    sources = "The embedded world" if info["preferences"] == ["toy"] else ", ".join(
         Path(s).name for s in map(str, info["preferences"]))
     model = "a model of half a million parameters" if info["model"] == "tiny" else \
         f"{Path(info['model']).name} and its reward models"
     rounds = max([0, *(int(name[13:]) for name in made if re.fullmatch(r"06_ppo/round_\d+", name))])
-    return (f"{sources[0].upper()}{sources[1:]}, {model}, the {info['preset']} preset, "
+    return (f"{sources}, {model}, the {info['preset']} preset, "
             f"{rounds or 'no'} round{'s' * (rounds != 1)} of MetaRM")
 
 
@@ -114,11 +124,14 @@ def collect(runs, show_texts):
 
 def sections(runs, entries, collected, absent, folder):
     """What page.html shows of each figure and table; draws them into `folder`."""
+    judge = judged(runs[0])
     for name, (title, saw, made, _, draw) in progress(figures.FIGURES.items(), "drawing"):
         place = re.match(r"(?:Figure|Table|Equation) \d+", title)
         mine = re.compile(rf"\b{place[0].replace('Equation', 'Eq.')}\b") if place else None
         s = SimpleNamespace(name=name, title=title, saw=saw, absent=absent.get(name), table=[],
-                            image=None, data=None, commands="", opening=name in OPENING)
+                            image=None, data=None, commands="", opening=name in OPENING,
+                            judge=judge.get("03_strength" if name in LABELLED else "08_evaluate"
+                                            if "08_evaluate" in made else None))
         s.ours = [e for e in entries if "values" in e and mine and mine.search(e["where"])]
         if name in collected:
             seeds = list(collected[name].values())

@@ -9,6 +9,7 @@ import shutil
 import sys
 from fnmatch import fnmatch
 from importlib import import_module
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -354,6 +355,20 @@ class Page(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def test_figures_name_their_judge(tmp_path):
+    """A judge's name and how often it changed its mind stand beside what it judged."""
+    asked = {"judge": "model:m", "items": 9, "not_asked": 1, "none": 0, "asked_in_both_orders": 4,
+             "flip_rate": 0.5}
+    for stage, metrics in (("03_strength", {"judge": asked}),
+                           ("08_evaluate", {"judge": "ensemble, a proxy",
+                                            "report": {"judge": "ensemble, a proxy"}})):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "manifest.json").write_text(json.dumps({"metrics": metrics}))
+    assert pages.judged(SimpleNamespace(path=tmp_path)) == {
+        "03_strength": "judge model:m: 9 items, 1 not asked, 0 without a verdict, 50% of 4 items "
+        "judged otherwise in the other order", "08_evaluate": "judge ensemble, a proxy"}
 
 
 @pytest.fixture(scope="module")
