@@ -1,4 +1,5 @@
 """Models that do not need each other, trained side by side."""
+import contextlib
 import ctypes
 import os
 import signal
@@ -41,16 +42,26 @@ def side_by_side(args, names, train, launch):
         stop_all(children)
         raise
     finally:
-        if children:
-            signal.signal(signal.SIGTERM, lambda *_: stop_all(children))
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        codes = wait_for(children) if children else []
     if min(codes, default=0) < 0:
         raise RuntimeError(f"a process beside this one was ended by signal {-min(codes)}")
     if any(codes):
         sys.exit(max(codes))
 
 
+def wait_for(children):
+    """→ exit codes, less than 0 for a signal. Ctrl-C meanwhile is theirs to answer, as it reaches
+    them too; SIGTERM is handed on."""
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: stop_all(children)),
+              signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return codes
+
+
 def stop_all(children):
     """Have processes stop, after a checkpoint if they train."""
     for child in children:
-        os.kill(child, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
