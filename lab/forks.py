@@ -11,16 +11,21 @@ import torch.distributed as dist
 
 from lab import base
 
+MOST = 4  # processes: each takes half a gigabyte
+
 
 def side_by_side(args, names, train, launch):
-    """`train(names)`, which sets its process up and makes a model each. Toy models, which two
-    threads hardly make faster, take one thread each, so that their bits do not depend on a
-    machine's cores; under Linux forked processes, one a core, share them out. All others are
-    trained by this process, or by those of DeepSpeed's launcher, one after another."""
-    single = args.preset == "toy" and base.device().type == "cpu" and base.world_size() == 1
+    """`train(names)`, which sets its process up and makes a model each. The embedded model, which
+    two threads hardly make faster, takes one, so that its weights do not depend on a machine's
+    cores; under Linux forked processes, one a core, share the names out, but not where a process
+    has trained before (lab/experiments.py). All others are trained by this process, or by those of
+    DeepSpeed's launcher, one after another."""
+    names = list(dict.fromkeys(names))
+    single = args.run.get("model") == "tiny" and args.preset == "toy" and \
+        base.device().type == "cpu" and base.world_size() == 1
     args.threads = 1 if single else None  # for `setup`
     safe = sys.platform == "linux" and threading.active_count() == 1 and not dist.is_initialized()
-    lanes, children = min(base.cores(), len(names)) if single and safe else 1, []
+    lanes, children = min(base.cores(), len(names), MOST) if single and safe else 1, []
     if lanes > 1:
         base.lock(Path(args.out))  # children inherit it
     for lane in range(1, lanes):
@@ -30,6 +35,7 @@ def side_by_side(args, names, train, launch):
             continue
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child is left behind
         os.environ["MASTER_PORT"], base.lane, code = "0", lane, 0
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is the parent's
         try:
             launch(lambda: train(names[lane::lanes]))  # noqa: B023
         except SystemExit as stop:
@@ -43,10 +49,10 @@ def side_by_side(args, names, train, launch):
         raise
     finally:
         codes = wait_for(children) if children else []
-    if min(codes, default=0) < 0:
-        raise RuntimeError(f"a process beside this one was ended by signal {-min(codes)}")
+    if set(codes) - {0, 75}:  # 75: stopped after a checkpoint
+        raise RuntimeError("a process beside this one failed (its error is above) or was killed")
     if any(codes):
-        sys.exit(max(codes))
+        sys.exit(75)
 
 
 def wait_for(children):

@@ -310,7 +310,8 @@ def check_server(args):
         common.die("--judge: no name or key in the address; the key is taken from OPENAI_API_KEY")
     try:
         port = url.port or (443 if url.scheme == "https" else 80)
-        if not getproxies().get(url.scheme) or proxy_bypass(url.hostname):
+        proxies = getproxies()
+        if not (proxies.get(url.scheme) or proxies.get("all")) or proxy_bypass(url.netloc):
             socket.create_connection((url.hostname, port), timeout=10).close()
     except (OSError, ValueError) as error:
         common.die(f"no judge answers at {args.judge} ({error})")
