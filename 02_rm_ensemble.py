@@ -77,6 +77,7 @@ def train_member(args, m, tokenizer, train, valid, sft):
 
 
 def train_members(args, data, sft, members):
+    """Set this process up, and train these members one after another."""
     common.setup(args)
     tokenizer = common.load_tokenizer(sft)
     _, train = common.encode_pairs(tokenizer, common.read_jsonl(data / "train.jsonl"), args.run)

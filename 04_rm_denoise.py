@@ -147,6 +147,8 @@ def directory_name(method, given):
 
 
 def train_methods(args, train, valid, gold, sft, methods):
+    """Set this process up, and train these methods one after another, each on its relabelled
+    pairs (sections 2.4, 2.5)."""
     common.setup(args)
     tokenizer = common.load_tokenizer(sft)
     _, gold = common.encode_pairs(tokenizer, gold, args.run)

@@ -222,6 +222,7 @@ def write_features(run, models, valid, tokenizer):
 
 
 def train_methods(args, strength, like, sft, methods):
+    """Set this process up, and train these methods one after another on the pairs of stage 04."""
     common.setup(args)
     args.hparams["like"] = args.like
     tokenizer = common.load_tokenizer(sft)

@@ -31,6 +31,7 @@ for stream in (sys.stdout, sys.stderr):
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
 HERE = Path(__file__).resolve().parents[1]
+STOPPED = 75  # exit code of a stage that a signal stopped after a checkpoint (EX_TEMPFAIL)
 locks, lane = {}, 0  # lane: among the processes of lab/forks.py
 # hyperparameters that 0 would make meaningless, and those that are a share
 POSITIVE = {"epochs", "lr", "actor_lr", "critic_lr", "temperature", "top_p", "repetition_penalty",

@@ -49,10 +49,10 @@ def side_by_side(args, names, train, launch):
         raise
     finally:
         codes = wait_for(children) if children else []
-    if set(codes) - {0, 75}:  # 75: stopped after a checkpoint
+    if set(codes) - {0, base.STOPPED}:
         raise RuntimeError("a process beside this one failed (its error is above) or was killed")
     if any(codes):
-        sys.exit(75)
+        sys.exit(base.STOPPED)
 
 
 def wait_for(children):

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from lab import base, card, checkpoint, forks
 from lab.base import (  # noqa: F401  (some for common to hand on)
-    EVENTS, HERE, barrier, check_shared, check_value, code_hashes, device, die, free, from_rank_0,
-    gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed, setup, sync,
-    initialize, replace_attention, save_stock, user_files, world_size, write_jsonl, write_text)
+    EVENTS, HERE, STOPPED, barrier, check_shared, check_value, code_hashes, device, die, free,
+    from_rank_0, gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed,
+    setup, sync, initialize, replace_attention, save_stock, user_files, world_size, write_jsonl,
+    write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
@@ -48,7 +49,6 @@ TRAINING = {
     "gradient_checkpointing": (True, False, False, "recompute activations in the backward pass"),
     "save_every": (200, 50, 25, "steps between checkpoints, from which the same command goes on"),
 }
-STOPPED = 75  # exit code of a stage that a signal stopped after a checkpoint (EX_TEMPFAIL)
 asked_to_stop, open_stages = {}, []
 
 

@@ -194,6 +194,7 @@ def test_a_server_that_misbehaves(small_run, tmp_path, key, monkeypatch):
 
 def test_a_server_behind_a_proxy(small_run, tmp_path, monkeypatch):
     """A host that this machine cannot look up, through the environment's proxy."""
+    pytest.importorskip("openai")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with Server(longer) as proxy:
