@@ -15,7 +15,7 @@
 #   --preset NAME      paper, small or toy hyperparameters (default: toy for tiny, else small)
 #   --preferences S…   --sft S…   --prompts S…    files, hub ids, toy (00_data.py --help)
 #   --rounds R         MetaRM rounds (default: 3, 4 in paper, 1 with --limit)
-#   --M N  --folds K  --texts    clean: N models vote (10), none on pairs that it trained on, shown
+#   --M N  --folds K   N models vote (10), none on pairs that it trained on; --texts: clean shows
 #   --seed N           random seed (default: 0); experiments: --seeds N, for 0 to N-1
 #   --limit N          smoke run: at most N steps in every loop, 64*N rows to train on
 #   --gpus N           processes (default: all GPUs, or one on a CPU); --hostfile F: machines

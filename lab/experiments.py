@@ -45,37 +45,38 @@ def rounds_of(count):
     return rows
 
 
-def pipeline(rounds, M=10):
-    """(directories it makes, purpose, seconds on two idle cores, command) of every stage."""
+def pipeline(rounds, M=None, folds=None):
+    """(directories it makes, purpose, seconds on two idle cores, command) of every stage. M, folds:
+    stage 02's, where they are said."""
+    voters = f" --M {M}" * (M is not None)
     return [
         (["00_data"], "bring the data into one clean form", 5, "00_data.py"),
         (["01_sft"], "supervised fine-tuning: pi^SFT", 45, "01_sft.py"),
-        ([f"02_rm_ensemble/rm_{m:02d}" for m in range(M)],
-         "the reward models that vote (section 2.2)", 95, "02_rm_ensemble.py"),
-        (["03_strength"], "preference strength, Eq. 4 (section 2.2)", 38, "03_strength.py"),
+        ([f"02_rm_ensemble/rm_{m:02d}" for m in range(10 if M is None else M)],
+         "the reward models that vote (section 2.2)", 95,
+         "02_rm_ensemble.py" + voters + f" --folds {folds}" * (folds is not None)),
+        (["03_strength"], "preference strength, Eq. 4 (section 2.2)", 38,
+         "03_strength.py" + voters),
         ([f"04_rm_denoise/{name}" for name in METHODS],
          "flip, margin, soft labels (sections 2.4, 2.5)", 70, "04_rm_denoise.py"),
         ([f"05_rm_contrastive/{name}" for name in CONTRASTIVE],
          "SimCSE and SwAV (section 3.1)", 85, "05_rm_contrastive.py"),
         *rounds_of(rounds),
         (["08_evaluate"], "win / tie / lose of every policy (Tables 2 and 3)", 28,
-         "08_evaluate.py"),
+         "08_evaluate.py" + voters),
         (["09_report"], "the figures and tables on one page", 8, "09_report.py")]
 
 
-def cleaning(args):
-    """What `run_all.sh clean` does: the pipeline up to the strength, and a verdict on each pair."""
+def stages_of(args, rounds):
+    """Those of the pipeline that run_all.sh is asked for; of `clean`, the first four and its own:
+    up to the strength, and a verdict on each pair."""
     if args.M is not None and args.M < 1:
         die(f"--M must be at least 1, not {args.M}")
     if args.folds and (args.folds < 2 or (10 if args.M is None else args.M) % args.folds):
         die("--folds must be 2 or more, and --M a multiple of it")
-    M, folds = (f" --{name} {value}" if value is not None else ""
-                for name, value in (("M", args.M), ("folds", args.folds)))
-    more = {"02_rm_ensemble.py": M + folds, "03_strength.py": M}
-    first = [(*row, command + more.get(command, ""))
-             for *row, command in pipeline(0, 10 if args.M is None else args.M)[:4]]
-    return [*first, (["clean"], "keep, flip or soften: a verdict on each pair", 5,
-                     "lab/clean.py" + " --texts" * args.texts)]
+    stages = pipeline(rounds, args.M, args.folds)
+    return [*stages[:4], (["clean"], "keep, flip or soften: a verdict on each pair", 5,
+                          "lab/clean.py" + " --texts" * args.texts)] if args.clean else stages
 
 
 # ---------------------------------------------------------------- what run_all.sh is to do
@@ -164,7 +165,7 @@ def plan(args, flags):
     minutes expected, purpose and command, separated by tabs; and notes."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # paths are to be run
     out, first = Path(args.out), args.start or "no"
-    run, stages = {}, cleaning(args) if args.clean else pipeline(args.rounds or 99)
+    run, stages = {}, stages_of(args, args.rounds or 99)
     for flag, value in (("--from", args.start), ("--to", args.to)):
         if value and not any(name_of(d).startswith(value) for d, *_ in stages):
             die(f"{flag} {value} is no stage (00_data, 04, 07_metarm/round_2, ...)")
@@ -185,9 +186,7 @@ def plan(args, flags):
     if not flags and (made := read_manifest(out, "00_data")):
         flags = recorded_flags(made)
     again = False
-    if not args.clean:
-        M = import_module("02_rm_ensemble").HPARAMS["M"][CHOICES["preset"].index(preset)]
-        stages = pipeline(rounds, M)
+    stages = stages_of(args, rounds)
     last = max(i for i, (d, *_) in enumerate(stages)
                if not args.to or name_of(d).startswith(args.to))
     judge = shlex.join(word for name in judges.FLAGS if (value := getattr(args, name)) is not None
@@ -196,7 +195,7 @@ def plan(args, flags):
         world = run.get("world") if run else None if "--preferences" in flags else "toy"
         judges.choose(SimpleNamespace(**vars(args), run={"world": world}, hparams={}))
     for directories, purpose, seconds, command in stages[:last + 1]:
-        if judge and (command == "08_evaluate.py" or judges.reads(args) and command[:2] == "03"):
+        if judge and (command[:2] == "08" or judges.reads(args) and command[:2] == "03"):
             command += f" {judge}"
         name, several = name_of(directories), len(directories) > 1  # those keep what is finished
         forced = name.startswith(first) or again and bool(args.start)
@@ -391,8 +390,8 @@ def main():
     flag("--from", dest="start", metavar="STAGE", help="with --plan: run this and all after it")
     flag("--to", metavar="STAGE", help="with --plan: nothing after this")
     flag("--clean", action="store_true", help="with --plan: the stages of `run_all.sh clean`")
-    flag("--M", type=int, help="clean: reward models that vote (default: ten)")
-    flag("--folds", type=int, help="clean: each pair is scored by models that did not train on it")
+    flag("--M", type=int, help="with --plan: reward models that vote (default: ten)")
+    flag("--folds", type=int, help="with --plan: a pair is scored by models that did not train on it")
     flag("--texts", action="store_true", help="clean: show texts in doubtful.html")
     judges.add_flags(flag)
     flag("--seeds", type=int, help="seeds 0 to N-1 (default: 5)")
@@ -409,8 +408,10 @@ def main():
     for name in ("preset", "limit"):
         value = getattr(args, name)
         data += [f"--{name}", str(value)] if value is not None else []
-    if not args.clean and (args.M or args.folds or args.texts):
-        die("--M, --folds and --texts go with clean")
+    if args.texts and not args.clean:
+        die("--texts goes with clean")
+    if not args.plan and (args.M, args.folds) != (None, None):
+        die("--M and --folds go with the pipeline: the experiments have ten voters, and no folds")
     if not args.plan and any(getattr(args, name) is not None for name in judges.FLAGS):
         die("experiments are judged by gold, real data's by the ensemble: --judge goes with the "
             "pipeline")

@@ -116,6 +116,18 @@ def test_the_driver_gives_each_stage_its_own_flags(flags, tmp_path):
         f"python lab/clean.py {texts} {out}")]
 
 
+def test_the_pipeline_takes_voters_and_folds_too(tmp_path):
+    def plan(*flags):
+        return run("python", "lab/experiments.py", *flags, "--out", tmp_path, check=False).stdout
+    lines = plan("--plan", "--M", "4", "--folds", "2", "--rounds", "1").splitlines()
+    told = {name: command for _, name, _, _, command in (line.split("\t") for line in lines)}
+    assert {name: "--M 4" in command for name, command in told.items()} == {
+        name: name in ("02_rm_ensemble", "03_strength", "08_evaluate") for name in told}
+    assert [name for name, command in told.items() if "--folds 2" in command] == ["02_rm_ensemble"]
+    assert len(told) == 11 and "--texts goes with clean" in plan("--plan", "--texts")
+    assert "--M and --folds go with the pipeline" in plan("--M", "4")
+
+
 def test_folds_that_cannot_be_are_refused(cleaned):
     for flags in (["--folds", 1], ["--folds", 3]):
         for script in (["02_rm_ensemble.py"], ["lab/experiments.py", "--plan", "--clean"]):
