@@ -391,7 +391,7 @@ def main():
     flag("--to", metavar="STAGE", help="with --plan: nothing after this")
     flag("--clean", action="store_true", help="with --plan: the stages of `run_all.sh clean`")
     flag("--M", type=int, help="with --plan: reward models that vote (default: ten)")
-    flag("--folds", type=int, help="with --plan: a pair is scored by models that did not train on it")
+    flag("--folds", type=int, help="with --plan: no model votes on what it trained on")
     flag("--texts", action="store_true", help="clean: show texts in doubtful.html")
     judges.add_flags(flag)
     flag("--seeds", type=int, help="seeds 0 to N-1 (default: 5)")
