@@ -18,7 +18,8 @@ without the white space around it, and EOS follows. run.json is written last, by
 Departures from the paper: (1) the 10 % for validation are whole prompts, so none is on both sides,
 and prompts with judge labels go there first; (2) SFT and PPO take the training split's chosen
 responses and prompts unless --sft and --prompts are given; (3) one SFT example per conversation,
-its last turn.
+its last turn; (4) evaluation prompts are the validation split's, where B.4 has red-team prompts for
+harmlessness, and out of distribution there are those of --ood_prompts only (B.1: Oasst1, PKU).
 
     python 00_data.py                                                    # the embedded world
     python 00_data.py --preset paper                                     # Llama-2-7B on HH-RLHF
@@ -70,12 +71,6 @@ def unique_prompts(rows):
             if first[row["prompt"]] is row]
 
 
-def subset(rows, n, seed):
-    """n of the rows drawn at random, in their old order; all of them when there are no more."""
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)),
-                                                               min(n, len(rows))))]
-
-
 def add_flags(flag):
     flag("--model", help="base model: tiny (made by 01), a hub id or a path (default: tiny; paper "
          "meta-llama/Llama-2-7b-hf, small HuggingFaceTB/SmolLM2-135M-Instruct)")
@@ -109,8 +104,8 @@ def parse(argv=None):
     args.model = os.path.abspath(args.model) if Path(args.model).is_dir() else args.model
     if not 0 < args.valid_fraction < 1:
         common.die("--valid_fraction must lie between 0 and 1")
-    for name in ("n_pairs", "n_sft", "n_prompts", "n_gold"):
-        if set(TOY) & set(args.sources):  # other columns have no sizes for the embedded world
+    for name in ("n_pairs", "n_sft", "n_prompts", "n_gold"):  # only toy's column has sizes for it
+        if set(TOY) & set(args.sources) and args.preset != "toy":
             args.hparams[name] = getattr(args, name) or HPARAMS[name][2]
             setattr(args, name, args.hparams[name])
     return args
@@ -160,15 +155,16 @@ def main(argv=None):
     for kind in ("eval", "ood"):
         for task in dict.fromkeys(r["task"] for r in rows[kind]):
             of_task = [r for r in rows[kind] if r["task"] == task]
-            splits[f"{kind}_{task}"] = subset(of_task, args.n_eval, args.seed)
+            splits[f"{kind}_{task}"] = common.subset(of_task, args.n_eval, args.seed)
     held_out = {r["prompt"] for name, split in splits.items()
                 if name.startswith(("eval_", "ood_")) for r in split}
-    for kind in ("sft", "prompts"):
-        splits[kind] = [r for r in rows[kind] if r["prompt"] not in held_out]
+    valid = {r["prompt"] for r in rows["valid"]} if args.sft else set()  # pi^SFT has not seen them
+    for kind, held in (("sft", held_out | valid), ("prompts", held_out)):
+        splits[kind] = [r for r in rows[kind] if r["prompt"] not in held]
         if n := len(rows[kind]) - len(splits[kind]):
             count = counts.setdefault(kind, {"read": len(rows[kind]), "kept": len(rows[kind]),
                                              "drops": {}})
-            count["kept"], count["drops"]["evaluation prompt"] = count["kept"] - n, n
+            count["kept"], count["drops"]["held-out prompt"] = count["kept"] - n, n
         if not splits[kind]:
             common.die(f"no row is left for {kind}.jsonl ({counts.get(kind)})")
 
@@ -177,7 +173,7 @@ def main(argv=None):
     cut = {}
     for name, split in splits.items():
         cap = args.limit and args.limit * (64 if name in ("train", "sft", "prompts") else 16)
-        splits[name] = subset(split, cap, args.seed) if cap else split
+        splits[name] = common.subset(split, cap, args.seed) if cap else split
         cut[name] = len(split) - len(splits[name])
         common.write_jsonl(run.dir / f"{name}.jsonl", splits[name])
         common.log(f"  {name}.jsonl: {len(splits[name])} rows" +

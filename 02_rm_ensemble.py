@@ -2,9 +2,11 @@
 
 Reads 00_data/{train,valid}.jsonl and 01_sft/, writes 02_rm_ensemble/rm_00 ...: stock sequence
 classifiers with one output. Each starts from pi^SFT with its own head and its own data order, and
-minimises the Bradley-Terry loss (Eq. 2)
+minimises the Bradley-Terry loss
 
-    L = -log sigma(r(x, y_c) - r(x, y_r))     (Eq. 1, whose misprint docs/readings.md names)
+    L = -log sigma(r(x, y_c) - r(x, y_r))                                                (Eq. 2)
+
+sigma(...) being the probability of Eq. 1, whose misprint docs/readings.md names.
 
 Departures from the paper: (1) "the training order randomized" also gives each model its own head;
 (2) labels are used as they are: this stage never sees gold or judge labels; (3) with --folds k,

@@ -12,8 +12,8 @@ after each epoch those of gold.jsonl too: {"step", "valid": {id: [r_c, r_r]}, "t
     --smoothing a    label smoothing a (Eq. 5) on the pairs with mu_hat < 0; with --soften_all on
                      every pair (Figure 6)
 
-and --percentile LO HI trains on a slice by strength: Figures 4 to 7 and 21 to 25 (listed in
-lab/experiments.py). Figures 8 and 26 to 28 are of the five methods on all pairs.
+and --percentile LO HI trains on a slice by strength: Figures 4 to 6 and 21 to 25 (listed in
+lab/experiments.py). Figures 7, 8 and 26 to 28 are of the five methods on all pairs.
 
 Departures from the paper: (1) the margin of a flipped pair is -mu_hat; (2) with margin and
 smoothing together both terms of Eq. 5 use p = sigma(r_c - r_r - mu_hat); (3) alpha is not in the
@@ -21,7 +21,7 @@ paper.
 
     deepspeed 04_rm_denoise.py                                         # all methods in one launch
     deepspeed 04_rm_denoise.py --methods soft_margin --smoothing 0.2   # one, with another alpha
-    deepspeed 04_rm_denoise.py --methods flip --percentile 0 10 --flip_below 1    # Figure 5
+    deepspeed 04_rm_denoise.py --methods flip --percentile 0 10 --flip_below 1 --epochs 3  # Fig. 5
 """
 import random
 from functools import partial
@@ -82,8 +82,7 @@ def relabel(rows, flip_below=0.0, margin=False, smoothing=0.0, soften_all=False)
 
 def percentile_slice(rows, low, high):
     """The rows between two percentiles of strength, in their original order: the subsets of
-    Figure 4 (tenths), with --flip_below of Figure 5, with --margin and --smoothing of Figures 6
-    and 7."""
+    Figure 4 (tenths), with --flip_below of Figure 5, with --margin and --smoothing of Figure 6."""
     order = sorted(range(len(rows)), key=lambda i: rows[i][STRENGTH])
     return [rows[i] for i in sorted(order[int(len(rows) * low / 100):int(len(rows) * high / 100)])]
 

@@ -13,9 +13,9 @@ f(x, y) is the hidden state at the response's EOS. The two views h_s, h_t are tw
 different dropout, which is switched on for this stage only. With several processes the features of
 all of them are the batch. features.json has what Figure 11 shows, for the model and for LIKE's.
 
-Departures from the paper: (1) the paper does not state tau, epsilon, the Sinkhorn iterations or how
-long the prototypes are frozen; SimCSE's and SwAV's own values are used; (2) with gradient
-accumulation the contrastive batch is one micro batch of every process.
+Departures from the paper: (1) the paper does not state tau, epsilon, the Sinkhorn iterations, which
+are SimCSE's and SwAV's own here, nor for how many steps the prototypes are frozen, our choice;
+(2) with gradient accumulation the contrastive batch is one micro batch of every process.
 
     deepspeed 05_rm_contrastive.py                                      # all four methods
     deepspeed 05_rm_contrastive.py --methods simcse --like flip_margin  # on denoised pairs

@@ -9,12 +9,12 @@ One step: K roll-outs for each prompt (one group), the score at its end, a KL pe
 then GAE, advantages whitened over all response tokens, clipped policy and value losses. The curves
 of Figures 9, 12 and 17 are in metrics.jsonl (docs/metrics.md), ten answers in samples.jsonl.
 
-Departures from the paper: (1) scores are standardised by a running mean and std before they are
-clipped, for reward models have no common scale or zero; (2) a response cut without EOS loses
---missing_eos_penalty; (3) top-p and repetition penalty shape sampling only, not the policy.
+Departures from the paper: (1) a running mean and std standardise scores before the clip: reward
+models share no scale or zero; (2) a response cut without EOS loses --missing_eos_penalty; (3) top-p
+and repetition penalty shape sampling only; (4) no dynamic KL penalty (Figure 17): kl_beta is fixed.
 
     deepspeed 06_ppo.py --rm soft_margin --kl_beta 0                 # Figure 9: no KL penalty
-    deepspeed 06_ppo.py --rm baseline --start round_0 --name more_1  # as long as round 1
+    deepspeed 06_ppo.py --rm baseline --start round_0 --name more_1 --seed 901  # as long as round 1
 """
 import math
 import random
@@ -122,14 +122,14 @@ def paths(args):
     else:
         start = f"06_ppo/{args.start}" if args.start else "01_sft"
         rm = next((f"{d}/{args.rm}" for d in ("04_rm_denoise", "05_rm_contrastive", "07_metarm")
-                   if (Path(args.out) / d / args.rm).is_dir()), None)
-        if not rm:
-            common.die(f"no finished reward model {args.rm} in {args.out} of stage 04, 05 or 07")
+                   if (Path(args.out) / d / args.rm).is_dir()), None) or common.die(
+            f"no finished reward model {args.rm} in {args.out} of stage 04, 05 or 07")
         if not common.is_name(name) or name.startswith("round_"):
             common.die(f"--name {name} cannot be a directory of 06_ppo (round_r is --round's)")
     for path in (start, rm):
         stage, _, number = path.replace("/round_", "/").partition("/")
-        common.require(args, path, f"python {stage}.py" + f" --round {number}" * number.isdigit())
+        common.require(args, path, f"python {stage}.py" + (
+            f" --round {number}" if number.isdigit() else f" --name {number}" * ("06" in stage)))
     return f"06_ppo/{name}", start, rm
 
 

@@ -16,8 +16,8 @@ held_back.json; docs/readings.md says why theta's is lower); equation_17.json: E
 Departures from the paper: (1) Eq. 14 is AdamW's step, as in all stages; (2) first order: g is
 applied to theta as it is (Algorithm 1), without the Jacobian of Eq. 15; (3) eta, k, m, n and the
 first round's samples from pi^SFT (--first_samples) are not in the paper: its column has those of
-the authors' follow-up (Dou et al., AAAI 2025, arXiv 2405.00438); (4) the paper preset trains in
-autocast at ZeRO-3 where 04 uses bf16 at ZeRO-2, so compare J with a 04 run in the same precision.
+the authors' follow-up (Dou et al., AAAI 2025, arXiv 2405.00438); (4) the paper preset has autocast
+and n = 16 where 04 has bf16 and 32: compare J with 04's at --precision autocast --batch_size 16.
 
     deepspeed 07_metarm.py --round 1
     deepspeed 07_metarm.py --round 2 --eta 0     # toy: bit for bit the baseline of stage 04
@@ -213,8 +213,7 @@ def measure_equation_17(args, path, pairs, meta, tokenizer, size=4):
 
 def sample_meta(args, policy_dir, rows, run, tokenizer):
     """k responses to each of some prompts, drawn anew each round, from the policy in `policy_dir` →
-    groups, the meta data set S; samples.jsonl keeps them as text and as the ids they are trained on
-    (decoding and encoding again need not give the same)."""
+    groups, the meta data set S; samples.jsonl keeps their texts and the ids, which train."""
     count = min(args.meta_prompts, 16 * (args.limit or args.meta_prompts), len(rows))
     rows = random.Random(f"{args.seed} {args.round}").sample(rows, count)
     path = run.dir / "samples.jsonl"
@@ -253,12 +252,13 @@ def main(argv=None, train=train, variant=None):
     source = "01_sft" if r == 1 and args.first_samples == "sft" else f"06_ppo/round_{r - 1}"
     policy = common.require(args, source, f"python 06_ppo.py --round {r - 1}")
     common.setup(args)
+    for size in (args.batch_size, args.meta_batch_size):
+        common.micro_size(size, args.micro_batch_size)  # refused before the long sampling
     args.hparams |= {"variant": variant} if variant else {}
     run = common.begin(args, f"07_metarm/{args.name or f'round_{r}'}", dict.fromkeys([
         "00_data/prompts.jsonl", "03_strength", "01_sft", "04_rm_denoise/baseline", source]),
         script=variant and "lab/metarm_variants.py")
-    tokenizer = common.load_tokenizer(sft)
-    prompts = common.read_jsonl(data / "prompts.jsonl")
+    tokenizer, prompts = common.load_tokenizer(sft), common.read_jsonl(data / "prompts.jsonl")
     groups = sample_meta(args, policy, prompts, run, tokenizer)
     held, meta = groups[::10], [g for i, g in enumerate(groups) if i % 10] or groups
 

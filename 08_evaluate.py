@@ -164,7 +164,7 @@ def main(argv=None):
     tokenizer = common.load_tokenizer(Path(args.out) / "01_sft")
 
     files = [*sorted(data.glob("eval_*.jsonl")), *sorted(data.glob("ood_*.jsonl"))]
-    sets = {f.stem: common.read_jsonl(f)[:args.prompts] for f in files}
+    sets = {f.stem: common.subset(common.read_jsonl(f), args.prompts, args.seed) for f in files}
     answers = answer(args, policies, sets, tokenizer)
     items = judges.comparison_items(answers, OPPONENTS)
     found, report = judge(run, answers, items, tokenizer, read)

@@ -13,7 +13,7 @@ from functools import partial
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
     TRAINING, barrier, begin, device, die, finished, free, from_rank_0, gather_rows, inference,
     initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl, require,
-    replace_attention, save_stock, set_seed, setup, side_by_side, user_files, world_size,
+    replace_attention, save_stock, set_seed, setup, side_by_side, subset, user_files, world_size,
     write_jsonl, write_text)
 
 import torch
@@ -437,7 +437,7 @@ def generate(engine, tokenizer, prompts, K, args, seed):
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     with inference(args), torch.random.fork_rng([device()] * (device().type == "cuda")):
         for c in progress(range(rank(), len(chunks), world_size()), "sampling"):
-            torch.manual_seed(seed * 100_003 + c)
+            torch.manual_seed((seed * 100_003 + c) % 2**63)
             batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunks[c]]},
                                   padding_side="left", return_tensors="pt").to(device())
             out = model.generate(

@@ -74,8 +74,8 @@ launcher=(deepspeed --master_port $port ${gpus:+--num_gpus "$gpus"} ${hostfile:+
   { launcher=(python); export DS_ACCELERATOR=cpu; }
 stopping='' child=
 stop() {  # to the processes of the stage, not to the launcher, which would kill them after 30 s
-  stopping=1
-  pkill -TERM -g "$child" -f '^[^ ]*python[0-9.]* (-u )?[^ -][^ ]*\.py( |$)' || kill -TERM "$child"
+  local s=${stopping:-TERM} && stopping=INT  # the second time it does not wait for the step's end
+  pkill -$s -g "$child" -f '^[^ ]*python[0-9.]* (-u )?[^ -][^ ]*\.py( |$)' || kill -$s "$child"
 }
 trap stop TERM INT
 launch() {  # a command in a group of its own, so that Ctrl-C reaches its stage through `stop` only

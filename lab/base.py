@@ -316,6 +316,22 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
+def subset(rows, n, seed):
+    """n of the rows drawn at random, in their old order; all of them when there are no more."""
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)),
+                                                               min(n, len(rows))))]
+
+
+def fill(template, /, **values):
+    """The text of a template of lab/ with these values, which are escaped in HTML."""
+    import jinja2
+    html = template.endswith(".html")
+    form = jinja2.Environment(
+        autoescape=html, trim_blocks=True, lstrip_blocks=not html, keep_trailing_newline=not html,
+        loader=jinja2.FileSystemLoader(HERE / "lab"))
+    return form.get_template(template).render(values)
+
+
 def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -51,7 +51,7 @@ def main(argv=None):
     tokenizer, n = common.load_tokenizer(sft), args.n
     score = judges.scorer(args, tokenizer, voters)
     rows = [{**row, "set": f.stem} for f in sorted(data.glob("eval_*.jsonl"))
-            for row in common.read_jsonl(f)[:args.prompts]]
+            for row in common.subset(common.read_jsonl(f), args.prompts, args.seed)]
     encoded = common.encode(tokenizer, rows, [], args.run)
     policy = common.frozen(common.load_policy(answers, args), args)
     few = SimpleNamespace(**vars(args) | {"generate_batch_size": -(-args.generate_batch_size // n)})

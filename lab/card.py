@@ -5,10 +5,9 @@ import json
 import re
 from pathlib import Path
 
-import jinja2
 from huggingface_hub import try_to_load_from_cache
 
-from lab.base import write_text
+from lab.base import fill, write_text
 from lab.sources import HUB_ID, container
 
 ABOUT = {
@@ -53,12 +52,10 @@ def write_card(folder, name, settings, run, metrics):
             "library_name": "transformers",
             "pipeline_tag": "text-generation" if policy else "text-classification",
             "tags": json.dumps(["rlhf"] + ["reward-model"] * (not policy))}
-    form = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent)).get_template("card.md")
-    write_text(folder / "README.md", form.render(
-        name=name, policy=policy, about=variant or ABOUT[name[:2]], form=run.get("form", "hh"),
-        day=run.get("day"), limit=settings["limit"], preset=settings["preset"],
+    write_text(folder / "README.md", fill(
+        "card.md", name=name, policy=policy, about=variant or ABOUT[name[:2]],
+        form=run.get("form", "hh"), day=run.get("day"), limit=settings["limit"],
+        preset=settings["preset"],
         head={key: value for key, value in head.items() if value not in (None, "[]")},
         base="a small Llama of this project's own, from scratch" if base == "tiny" else
         base if on_hub(base) else Path(base).name,

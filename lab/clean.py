@@ -26,25 +26,11 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
 
-import jinja2  # noqa: E402
-
 from lab import figures, formats, sources  # noqa: E402
+from lab.base import fill  # noqa: E402
 
 MEAN, STD = "mean preference difference", "std preference difference"
 FLIP_BELOW, DOUBTFUL = 0.2, 100
-PAGE = """<!DOCTYPE html><meta charset=utf-8><title>Doubtful pairs</title>
-<style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
-td, th { text-align: left; vertical-align: top; padding: .3rem; border-bottom: 1px solid #ccc }
-pre { white-space: pre-wrap; margin: 0 }</style>
-<h1>Doubtful pairs</h1><p>{{ summary }}</p><img src=strength.png alt="strength of the pairs">
-{% for title, rows in tables %}<h2>{{ title }}</h2><table><tr><th>id<th>mean<th>std<th>verdict
-{% if texts %}<th>as labelled{% endif %}
-{% for r in rows %}<tr><td>{{ r.id }}<td>{{ "%.3f" % r[MEAN] }}<td>{{ "%.3f" % r[STD] }}
-<td>{{ r.verdict }}{% if texts %}<td><pre>{{ r.prompt }}</pre><p><b>chosen</b></p>
-<pre>{{ r.chosen }}</pre><p><b>rejected</b></p><pre>{{ r.rejected }}</pre>{% endif %}
-{% endfor %}</table>{% endfor %}
-{% if not texts %}<p>Texts are left out, for some may offend: run again with --texts.</p>{% endif %}
-"""
 
 
 def verdicts(train, valid):
@@ -110,9 +96,8 @@ def main(argv=None):
                f"{sum(r[MEAN] for r in every) / len(every):.3f}, {below:.0%} below 0")
     tables = [("The weakest", sorted(every, key=lambda r: r[MEAN])[:DOUBTFUL]),
               ("The nearest to 0", sorted(every, key=lambda r: abs(r[MEAN]))[:DOUBTFUL])]
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(
-        summary=summary, tables=tables, texts=args.texts, MEAN=MEAN, STD=STD)
-    common.write_text(run.dir / "doubtful.html", page)
+    common.write_text(run.dir / "doubtful.html", fill(
+        "clean.html", summary=summary, tables=tables, texts=args.texts, MEAN=MEAN, STD=STD))
     picture, _ = figures.draw_01([figures.data_01(SimpleNamespace(path=Path(args.out)))])
     picture.savefig(run.dir / "strength.png")
     common.write_text(run.dir / "summary.txt", summary + "\n")

@@ -144,7 +144,8 @@ def head(manifests):
     text = ""
     for name in in_order({k: m for k, m in manifests.items() if k != "09_report"}):
         manifest = {k: v for k, v in manifests[name].items() if k not in UNNAMED}
-        manifest["inputs"] = {Path(p).name if os.path.isabs(p) else p: value
-                              for p, value in manifest["inputs"].items()}
+        own = {p: value for p, value in manifest["inputs"].items() if os.path.isabs(p)}
+        manifest["inputs"] = {p: v for p, v in manifest["inputs"].items() if p not in own}
+        manifest |= {"own files": sorted((Path(p).name, v) for p, v in own.items())} if own else {}
         text += canonical(manifest)
     return hash_text(text)

@@ -122,8 +122,10 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     args, flags = parser.parse_known_args(argv)
-    if "--name" not in flags:
+    if not any(word.split("=")[0] == "--name" for word in flags):
         flags += ["--name", args.variant]  # stage 07's own would be round_R
+    if args.variant == "weights" and not any(w.split("=")[0] == "--precision" for w in flags):
+        flags += ["--precision", "fp32"]
     metarm.main(flags, VARIANTS[args.variant], args.variant)
 
 

@@ -8,10 +8,8 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-import jinja2
-
 from lab import experiments, figures, judges, status
-from lab.base import die, log, progress, read_json, write_text
+from lab.base import die, fill, log, progress, read_json, write_text
 from lab.claims import MIN_SEEDS, VERDICTS, ledger
 from lab.manifest import finished, head, recorded_flags
 
@@ -60,7 +58,7 @@ def judge_of(manifests):
 def judged(run):
     """{stage: its judge, in a sentence}: of policies and, where one that reads did, of labels."""
     found = {stage: read_json(run.path / stage / "manifest.json")["metrics"]
-             for stage in finished(run.path) if stage in ("03_strength", "08_evaluate")}
+             for stage in finished(run.path) if stage == "03_strength" or stage[:2] == "08"}
     reports = {stage: m.get("report", m.get("judge")) for stage, m in found.items()}
     return {stage: judges.describe(r) if "items" in r else f"judge {found[stage]['judge']}"
             for stage, r in reports.items() if r}
@@ -130,8 +128,8 @@ def sections(runs, entries, collected, absent, folder):
         mine = re.compile(rf"\b{place[0].replace('Equation', 'Eq.')}\b") if place else None
         s = SimpleNamespace(name=name, title=title, saw=saw, absent=absent.get(name), table=[],
                             image=None, data=None, commands="", opening=name in OPENING,
-                            judge=judge.get("03_strength" if name in LABELLED else "08_evaluate"
-                                            if "08_evaluate" in made else None))
+                            judge=judge.get("03_strength" if name in LABELLED else next(
+                                (stage for stage in reversed(made) if stage[:2] == "08"), None)))
         s.ours = [e for e in entries if "values" in e and mine and mine.search(e["where"])]
         if name in collected:
             seeds = list(collected[name].values())
@@ -156,10 +154,8 @@ def page(runs, entries, collected, absent, folder):
         if len(runs) < MIN_SEEDS else ""
     shown = {s.name: s for s in sections(runs, entries, collected, absent, folder)}
     flags = recorded_flags(read_json(runs[0].path / "00_data/manifest.json"))
-    form = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinja2.FileSystemLoader(
-        Path(__file__).parent)).get_template("page.html")
-    text = form.render(
-        runs=what_was_run(runs), entries=entries, count=", ".join(count), few=few,
+    text = fill(
+        "page.html", runs=what_was_run(runs), entries=entries, count=", ".join(count), few=few,
         several=len(runs) > 1 or runs[0].summary is not None, seeds=len(runs),
         line=in_one_line(runs[0]), coming=not_there_yet(runs[0]),
         opening=[shown[n] for n in OPENING if not shown[n].absent],

@@ -5,16 +5,15 @@
     mean_std  their mean minus their standard deviation: trust what they agree on (Coste et al.
               2024, "Reward Model Ensembles Help Mitigate Overoptimization")
 
-Each model's rewards are first standardised by its mean and std over the training pairs, which stage
-03 wrote down: reward models have neither a common scale nor a zero. The critic starts from --rm's,
-and the rewards of samples.jsonl are its.
+Each model's rewards are first standardised by its mean and std over training pairs: reward models
+have neither a common scale nor a zero. The critic starts from --rm's, and the rewards of
+samples.jsonl are its.
 
     deepspeed lab/ppo_reward.py --reward mean_std --rm baseline --kl_beta 0 --name mean_std
     deepspeed 06_ppo.py --help                                                # its other flags
 """
 import argparse
 import sys
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +22,8 @@ import common  # noqa: E402  (the project's root is on the path now)
 from lab import experiments, judges  # noqa: E402
 
 import torch  # noqa: E402
+
+MOST, loaded = 500, {}  # training pairs that tell a reward model's scale; {out: its ensemble}
 
 
 def gold(groups, args, tokenizer):
@@ -45,22 +46,22 @@ def mean_std(groups, args, tokenizer):
 
 def votes(groups, args, tokenizer):
     """Standardised rewards under each model of the ensemble, [M, B, K]."""
-    models, center, scale = ensemble(args.out, args.precision)
+    if args.out not in loaded:
+        loaded[args.out] = ensemble(args, tokenizer)
     batch = common.collate(groups, tokenizer.pad_token_id, "separate")
-    return torch.stack([(model(batch)[0] - c) / s for model, c, s in zip(models, center, scale)])
+    return torch.stack([(model(batch)[0] - c) / s for model, c, s in loaded[args.out]])
 
 
-@cache
-def ensemble(out, precision):
-    """Stage 02's models, and the mean and std of each one's rewards on the training pairs."""
-    names, args = members(out), SimpleNamespace(precision=precision)
-    models = [common.frozen(common.load_reward_model(f"{out}/{n}", args), args) for n in names]
-    rows = common.read_jsonl(f"{out}/03_strength/train.jsonl")
-    told = torch.tensor([[row["chosen_score_list"], row["rejected_score_list"]] for row in rows])
-    if told.shape[2] != len(models):                                            # [N, 2, M]
-        common.die(f"03_strength has the scores of {told.shape[2]} reward models and "
-                   f"02_rm_ensemble has {len(models)}: run python 03_strength.py again")
-    return models, *(x.tolist() for x in (told.mean((0, 1)), told.flatten(0, 1).std(0)))
+def ensemble(args, tokenizer):
+    """Stage 02's models, each with the mean and std of its rewards on (some) training pairs."""
+    rows = common.subset(common.read_jsonl(f"{args.out}/00_data/train.jsonl"), MOST, args.seed)
+    _, pairs = common.encode_pairs(tokenizer, rows, args.run)
+    found, few = [], SimpleNamespace(precision=args.precision, eval_batch_size=16)
+    for name in members(args.out):
+        model = common.frozen(common.load_reward_model(f"{args.out}/{name}", args), args)
+        rewards = common.score(model, pairs, few, "separate", tokenizer.pad_token_id)
+        found.append((model, rewards.mean().item(), rewards.std().item()))
+    return found
 
 
 def members(out):
@@ -83,7 +84,7 @@ def main(argv=None):
     if reward_fn is gold and not known:
         common.die("--reward gold: the true preference is known in the embedded world only")
     if reward_fn is not gold:
-        reward_fn.inputs = ["03_strength", *members(args.out)]
+        reward_fn.inputs = ["00_data/train.jsonl", *members(args.out)]
         if len(reward_fn.inputs) == 1 and not asks:
             common.die(f"no reward model of stage 02 in {args.out}: run python 02_rm_ensemble.py")
     experiments.stage_of("06_ppo.py").main([*flags, "--out", args.out], reward_fn)

@@ -9,11 +9,10 @@ import re
 import tomllib
 from pathlib import Path
 
-import jinja2
 from latex2mathml.converter import convert
 
 from lab import figures
-from lab.base import HERE, write_text
+from lab.base import HERE, fill, write_text
 
 MOST = 45  # lines of code of an entry
 ENTRIES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["entry"]
@@ -84,9 +83,7 @@ def page():
         shown = of(entry)
         entries.append({"id": entry["name"].lower().replace(" ", "_").replace(".", ""),
                         "section": entry["section"], "name": shown["title"].split(":")[0], **shown})
-    form = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinja2.FileSystemLoader(
-        Path(__file__).parent)).get_template("reader.html")
-    return form.render(entries=entries)
+    return fill("reader.html", entries=entries)
 
 
 if __name__ == "__main__":

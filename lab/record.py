@@ -32,8 +32,8 @@ from lab import base, card, checkpoint, forks
 from lab.base import (  # noqa: F401  (some for common to hand on)
     EVENTS, HERE, STOPPED, barrier, check_shared, check_value, code_hashes, device, die, free,
     from_rank_0, gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed,
-    setup, sync, initialize, replace_attention, save_stock, user_files, world_size, write_jsonl,
-    write_text)
+    setup, subset, sync, initialize, replace_attention, save_stock, user_files, world_size,
+    write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
@@ -166,11 +166,12 @@ class Stage:
             "hyperparameters": args.hparams, "inputs": input_hashes(self.out, inputs)}))
         if keep and (self.final / "manifest.json").exists():
             made = read_json(self.final / "manifest.json")
-            if not differences(made, settings):
+            if not (different := differences(made, settings)):
                 other = made["code"] != code_hashes(self.script)
                 log(f"{self.final}: complete, kept (--restart trains it again)" +
                     "; made by other code than is here now" * other)
                 return None, None
+            log(f"{self.final} was made otherwise ({'; '.join(different)}): it is trained again")
         found = {} if args.restart else checkpoint.newest(self.dir)
         if found and (different := differences(found["settings"], settings)):
             die(f"{self.dir} holds step {found['step']} of a command that differs in "
@@ -182,6 +183,7 @@ class Stage:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.metrics_file = open(self.dir / "metrics.jsonl", "a+", encoding="utf-8")
         self.metrics_file.truncate(found.get("metrics_bytes", 0))
+        self.metrics_file.seek(0, os.SEEK_END)  # which a checkpoint before the next line asks for
         self.add_events = base.event_writer(args, self.dir, found.get("step", 0))
         return settings, found
 
@@ -316,6 +318,7 @@ def promote(directory):
     if not (directory / "manifest.json").exists():
         return
     final = directory.with_name(directory.name.removesuffix(".partial"))
+    final.is_symlink() and final.unlink()  # of a replay, to the run that it replays
     if run := read_json(directory / "manifest.json").get("run"):
         write_text(directory.parent / "run.json", canonical(run))
     for folder in (*directory.glob("checkpoint*"), final):
@@ -340,8 +343,8 @@ def differences(old, new):
 
 
 def ask_to_stop(number, frame):
-    """Signal handler while training: the step in hand is finished first. A second Ctrl-C does not
+    """Signal handler while training: the step in hand is finished first. Ctrl-C after that does not
     wait."""
-    if number == signal.SIGINT and signal.SIGINT in asked_to_stop:
+    if number == signal.SIGINT and asked_to_stop:
         raise KeyboardInterrupt
     asked_to_stop[number] = True

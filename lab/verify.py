@@ -14,12 +14,10 @@ import tempfile
 from pathlib import Path
 
 from lab.base import EVENTS, HERE, die, launch, read_json, sha256
-from lab.manifest import (finished, head, in_order, other_inputs, read_manifest,
-                          recorded_flags)
+from lab.manifest import finished, head, in_order, other_inputs, read_manifest, recorded_flags
 
-# of no stage directory
-ROOT_FILES = {"run.json", "commands.log", ".lock", ".report_lock", ".run_all.lock"}
-STAGE_DIR = re.compile(r"(0[01389]_\w+|0[24567]_\w+/[^/]+)/")
+ROOT_FILES = {"run.json", "commands.log", ".lock", ".report_lock", ".run_all.lock"}  # no stage's
+STAGE_DIR = re.compile(r"(clean|0[01389]_[^/]+|0[24567]_\w+/[^/]+)/")
 
 
 def check_outputs(out, good, found):
@@ -120,6 +118,8 @@ def replay(out, stage):
         shutil.copy(out / "run.json", scratch / "run.json")
     commands = {}  # in order; one command may have made several of the directories
     for manifest in (manifests[n] for n in in_order(manifests)):
+        if not re.fullmatch(r"(0\d_\w+|lab/\w+)\.py", manifest["script"]):
+            die(f"{manifest['stage']} was made by {manifest['script']}, which is no stage")
         script = str(HERE / manifest["script"])
         commands[(manifest["world_size"], script, *recorded_flags(manifest))] = None
     for processes, *words in commands:

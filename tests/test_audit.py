@@ -495,6 +495,55 @@ def test_a_changed_input_runs_what_was_made_from_it_again(copy):
     assert "changed: 00_data/prompts.jsonl" in text
 
 
+def test_a_replay_writes_nothing_into_the_run(copy, tmp_path):
+    """A sibling that the replayed command trains again takes its link's place; a manifest that
+    names another script than a stage is not followed."""
+    scratch, made = tmp_path / "scratch", copy / "04_rm_denoise"
+    names = sorted(os.listdir(made))
+    (scratch / "04_rm_denoise").mkdir(parents=True)
+    new, link = (scratch / f"04_rm_denoise/{names[0]}{end}" for end in (".partial", ""))
+    shutil.copytree(made / names[0], new), link.symlink_to(made / names[0])
+    before = manifests_of(copy)
+    record.promote(new)
+    assert not link.is_symlink() and (link / "manifest.json").exists()
+    assert manifests_of(copy) == before
+    path = copy / "03_strength/manifest.json"
+    for script in ("/tmp/x.py", "../x.py", "tests/conftest.py"):
+        found = json.loads(path.read_text()) | {"script": script}
+        path.write_text(manifest.canonical({**found, "digest": manifest.digest_of(found)}))
+        done = run(sys.executable, "-m", "lab.verify", copy, "--replay", "03_strength", check=False)
+        assert done.returncode == 2 and "is no stage" in done.stdout
+
+
+def test_metrics_end_where_a_checkpoint_was_written(tmp_path):
+    """Gone on from, and checkpointed again before the next line: nothing is behind the old end."""
+    args = SimpleNamespace(out=tmp_path, preset="toy", seed=0, limit=None, layout="auto",
+                           deterministic=False, hparams={}, restart=False)
+    first = record.Stage(args, "01_sft", "01_sft.py")
+    settings, _ = first.open((), False)
+    with first.metrics_file as file:
+        file.write("one\ntwo\n")
+    (folder := first.dir / "checkpoint_1").mkdir()
+    (folder / "checkpoint.json").write_text(json.dumps(
+        {"step": 1, "settings": settings, "metrics_bytes": 4, "state": {}}))
+    again = record.Stage(args, "01_sft", "01_sft.py")
+    again.open((), False)
+    assert again.metrics_file.tell() == 4
+    again.metrics_file.close()
+    assert (first.dir / "metrics.jsonl").read_text() == "one\n"
+
+
+def test_the_head_has_every_own_file_and_no_place(copy):
+    """Two files of one name, as HH has them, are two."""
+    found = manifests_of(copy)
+
+    def head_of(**files):
+        made = found["00_data"] | {"inputs": {f"/{k}/train.jsonl": v for k, v in files.items()}}
+        return manifest.head(found | {"00_data": made})
+    assert head_of(a="1", b="2") == head_of(c="1", d="2") != head_of(a="3", b="2")
+    assert head_of() == manifest.head(found)
+
+
 def test_a_directory_killed_before_its_last_rename_counts_as_complete(copy):
     (copy / "08_evaluate").rename(copy / "08_evaluate.partial")
     states("--out", copy)

@@ -408,11 +408,13 @@ def test_several_sources_tasks_and_ids(tmp_path):
 
 def test_evaluation_prompts_are_kept_out_of_training(tmp_path):
     pairs = write(tmp_path / "x.jsonl", [pair(i) for i in range(40)])
-    out = run(tmp_path / "out", "--preferences", pairs, "--prompts", pairs)
-    assert metrics(out)["other_sources"]["prompts"] == {
-        "read": 40, "kept": 36, "drops": {"evaluation prompt": 4}}
-    assert not {r["prompt"] for r in rows_of(out, "prompts")} & {
-        r["prompt"] for r in rows_of(out, "eval_general")}
+    out = run(tmp_path / "out", "--preferences", pairs, "--prompts", pairs, "--sft", pairs,
+              "--n_eval", 2)
+    for kind, n, held in (("prompts", 2, "eval_general"), ("sft", 4, "valid")):
+        assert metrics(out)["other_sources"][kind] == {
+            "read": 40, "kept": 40 - n, "drops": {"held-out prompt": n}}
+        assert not {r["prompt"] for r in rows_of(out, kind)} & {
+            r["prompt"] for r in rows_of(out, held)}
 
 
 def test_toy_world(tmp_path):

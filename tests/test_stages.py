@@ -317,7 +317,8 @@ def test_advantages_live_on_response_tokens(small_run, monkeypatch):
                          for d in ("06_ppo/round_0", "01_sft"))
     rm, critic = (common.load_reward_model(small_run / "04_rm_denoise/baseline", args).eval()
                   for _ in "ab")
-    responses = common.generate(policy, tokenizer, [g["prompt"] for g in prompts], 4, args, seed=1)
+    responses = common.generate(policy, tokenizer, [g["prompt"] for g in prompts], 4, args,
+                                seed=1 + 2**63)  # as large as of the largest --seed
     groups = [{**g, "responses": r} for g, r in zip(prompts, responses)]
     lengths = {len(r) for g in groups for r in g["responses"]}
     cut = torch.tensor([[r[-1] != eos for r in g["responses"]] for g in groups])
@@ -361,7 +362,7 @@ def test_ppo_under_the_vote(run_copy):
     assert manifest["script"] == "lab/ppo_reward.py"
     members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(2)]
     assert {f"{m}/model.safetensors" for m in members} <= set(manifest["inputs"])
-    args = SimpleNamespace(out=str(run_copy), precision="fp32", eval_batch_size=4,
+    args = SimpleNamespace(out=str(run_copy), precision="fp32", eval_batch_size=4, seed=0,
                            layout="separate", run=json.loads((run_copy / "run.json").read_text()))
     tokenizer = common.load_tokenizer(run_copy / "01_sft")
     _, groups = common.encode_pairs(tokenizer, lines(run_copy / "03_strength/valid.jsonl"),
