@@ -95,7 +95,7 @@ def why(out, directories, command=""):
     """Why a stage is to run, or None: it is complete, made with the command's flags, and from what
     is here now."""
     words = shlex.split(command)
-    asked = {"folds": "0", "texts": str("--texts" in words),  # what is not said is meant too
+    asked = {**({"folds": "0", "texts": str("--texts" in words)} if command else {}),  # not said: 0
              **{a[2:]: b for a, b in zip(words, words[1:]) if a[:2] == "--" and b[:2] != "--"}}
     if "--judge" in words:
         asked = dict.fromkeys(judges.FLAGS, "None") | asked
@@ -135,7 +135,7 @@ def meant(values, names):
 
 def check_data(out, flags, check_model=False):
     """Stop when the flags are none of stage 00's, or ask for other data than it made in `out`. →
-    the preset."""
+    what stage 00 makes of them."""
     stage = import_module("00_data")
     args = stage.parse([*flags, "--out", str(out)])
     if check_model and not (out / "00_data/manifest.json").exists():
@@ -147,7 +147,7 @@ def check_data(out, flags, check_model=False):
         if different := differences({"hyperparameters": old}, {"hyperparameters": new}):
             die(f"{out} was made with other flags ({'; '.join(different)}): choose another --out, "
                 "or --from 00")
-    return args.preset
+    return args
 
 
 def show_resolved(command, preset):
@@ -176,11 +176,12 @@ def plan(args, flags):
         for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
             for manifest in out.glob(pattern):
                 promote(manifest.parent)  # a process was killed just before it did
-    preset = check_data(out if not "00_data".startswith(first) else Path("no"), flags,
-                        check_model=not args.dry_run)
+    asked = check_data(out if not "00_data".startswith(first) else Path("no"), flags,
+                       check_model=not args.dry_run)
+    preset, world = asked.preset, "toy" if {*asked.preferences} <= {*sources.TOY} else None
     if (out / "run.json").exists():
         run = common.read_json(out / "run.json")
-        preset = preset if flags else run["preset"]
+        preset, world = (preset, world) if flags else (run["preset"], run.get("world"))
     limit = args.limit or run.get("limit")
     rounds = usual_rounds(preset, limit) if args.rounds is None else args.rounds
     if not flags and (made := read_manifest(out, "00_data")):
@@ -192,7 +193,6 @@ def plan(args, flags):
     judge = shlex.join(word for name in judges.FLAGS if (value := getattr(args, name)) is not None
                        for word in (f"--{name}", *[str(value)] * (value is not True)))
     if judge and args.judge != "ensemble" and not args.dry_run:  # told now, not after hours
-        world = run.get("world") if run else None if "--preferences" in flags else "toy"
         judges.choose(SimpleNamespace(**vars(args), run={"world": world}, hparams={}))
     for directories, purpose, seconds, command in stages[:last + 1]:
         if judge and (command[:2] == "08" or judges.reads(args) and command[:2] == "03"):

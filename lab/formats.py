@@ -21,7 +21,7 @@ A SOURCE is a file, a folder of files or a glob of .jsonl, .json, .csv, .tsv (pl
 
 Dropped and counted, first reason that holds: no assistant turn (none, or not the last one), column
 `prompt` is missing, no preference (a tie), prompts differ, empty prompt, empty response, identical
-responses, duplicate pair; among prompts: duplicate prompt; among SFT rows and prompts: evaluation
+responses, duplicate pair; among prompts: duplicate prompt; among SFT rows and prompts: held-out
 prompt. A row that cannot be read stops the run with `file:line: what is wrong`; --skip_bad_rows
 counts it as unreadable instead. Columns that are not used are named once. Row contents are never
 printed: some are offensive.
@@ -37,7 +37,7 @@ from pathlib import Path
 import common
 from lab import sources
 from lab.manifest import hash_text
-from lab.sources import Bad, Drop
+from lab.sources import Bad, Cells, Drop
 from lab.templates import (
     ASSISTANT, CALLS, ENDS, HUMAN, MARKUPS, ROLES, SPECIAL, apply_template, is_transcript, markup,
     open_turn, render, reworded, split_markup, style_of, transcript)
@@ -136,7 +136,8 @@ def message(m):
 def messages(value, name):
     """A list of messages, or of {"input", "output"}, from the column `name` → messages."""
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
-        raise Bad(f"`{name}` is not a list of messages")
+        raise Bad(f"`{name}` is not a list of messages" if isinstance(value, list) else
+                  f"`{name}` is {type(value).__name__}, neither text nor a list of messages")
     turns = [m for item in value for m in (
         [{"role": role, "content": item[key]} for role, key in (
             ("user", "input"), ("assistant", "output")) if item[key] is not None]
@@ -158,7 +159,7 @@ def is_texts(value):
 
 
 def only_text(value):
-    """The text in the literal of a list of one, as CSV has it, or None."""
+    """The text in the literal of a list of one, or None."""
     found = literal(value) if re.match(r"""\s*\[\s*["']""", value) else None
     return found[0] if is_texts(found) and len(found) == 1 else None
 
@@ -169,10 +170,13 @@ def split_last(conversation):
     return conversation[:-1], conversation[-1]
 
 
-def take_history(row):
+def take_history(row, style, whole=False):
     """Take the columns of a prompt out of the row → messages, or a text that is templated, or None
-    where there are none."""
+    where there are none. An empty one is none beside another, or beside `whole` dialogues."""
     names = [k for k in (*PROMPTS, "input") if k in row]
+    blank = [k for k in names if isinstance(row[k], str) and not row[k].strip()]
+    for name in blank if whole or len(blank) < len(names) else ():
+        names.remove(name), row.pop(name)
     info = row.get("info")
     if not names and isinstance(info, dict) and {"post", "article"} & info.keys():
         return [{"role": "user", "content": tldr(row.pop("info"))}]
@@ -181,7 +185,8 @@ def take_history(row):
     if not names:
         return None
     base = parsed(row.pop(names[0]))
-    base = one if isinstance(base, str) and (one := only_text(base)) else base
+    if isinstance(row, Cells) and isinstance(base, str):
+        base = only_text(base) or base
     if is_texts(base):
         if len(base) % 2 == 0:
             raise Bad(f"`{names[0]}` has an even number of texts: the last one is not the user's")
@@ -193,10 +198,10 @@ def take_history(row):
         base = prompt_messages(base)
     if not base:
         raise Drop("empty prompt")
-    return with_columns(row, base, names[1:])
+    return with_columns(row, base, style, names[1:])
 
 
-def with_columns(row, base, names=()):
+def with_columns(row, base, style, names=()):
     """A prompt with what the columns `names`, `system` and `history` add to it; taken out of the
     row."""
     more = {name: row.pop(name) for name in names if isinstance(parsed(row[name]), str)}
@@ -218,6 +223,7 @@ def with_columns(row, base, names=()):
     for name, text in more.items():
         if not name.startswith("system"):  # the material of an instruction
             base[-1]["content"] += f"\n\n{text}"
+            style.notes[f"prompts end in column `{name}`"] += 1
         elif any(m["role"] == "system" for m in base):
             raise Bad(f"column `{name}` beside another system turn")
         else:
@@ -250,10 +256,12 @@ def earlier(row):
 
 def prompt_messages(text):
     """A prompt's text → messages: HH turns, where an assistant's that is only opened is none, or
-    one turn of the user's."""
-    if not is_transcript(text):
+    one turn of the user's, which may quote some."""
+    out = transcript(text) if is_transcript(text) else []
+    quoted = out[-1:] and out[-1]["role"] == "assistant" and out[-1]["content"] and \
+        not re.match(r"\s*(Human|User|Assistant):", text)
+    if not out or quoted:
         return [{"role": "user", "content": text}]
-    out = transcript(text)
     return out[:-1] if out[-1]["role"] == "assistant" and not out[-1]["content"] else out
 
 
@@ -285,10 +293,11 @@ def arena(prompt, response_a, response_b, *won):
 
 def turns_of(value):
     """The turns in a column of the Arena's."""
-    if isinstance(value, str) and value[:2] in ('["', "[n"):  # JSON, whose null is no answer
-        value = literal(value)
-        if not isinstance(value, list):
+    if isinstance(value, str) and re.match(r"""\s*\[\s*["'nN]""", value):  # null is no answer
+        found = literal(value)
+        if not isinstance(found, list) and value.lstrip()[:2] in ('["', "[n"):
             raise Bad("a list of turns is not JSON")
+        value = found if isinstance(found, list) else value
     return value if isinstance(value, list) else [value]
 
 
@@ -324,8 +333,9 @@ def take_sides(row):
     if missing and "label" in row:
         raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
                   "needed")
-    raise Bad(f"column `{missing}` is missing" if missing else
-              f"`chosen` is {type(row['chosen']).__name__}, not text")
+    raise Bad(f"column `{missing}` is missing, and no other form fits the columns "
+              f"{', '.join(sorted(map(str, row)))[:150]} (00_data.py --help lists them)" if missing
+              else f"`chosen` is {type(row['chosen']).__name__}, not text")
 
 
 def spelled(choice):
@@ -353,8 +363,10 @@ def by_choice(row, two, names):
     models = [spelled(row[name]) for name in ("model_a", "model_b") if name in row]
     if len(set(models)) == 2:
         which = dict(zip(models, (0, 1))) | which
-    if said not in which and re.match(r"tie|both|neither|draw|equal|same|-1\Z", said):
+    if said not in which and re.match(r"tie|both|neither|draw|equal|same", said):
         raise Drop("no preference")
+    if said == "-1":
+        raise Bad(f"`{key}` is -1, a tie in some data and the second response in others")
     if said not in which or len(two) != 2:
         raise Bad(f"`{key}` does not say which of two responses is better")
     return two[which[said]], two[1 - which[said]]
@@ -405,7 +417,7 @@ def read_side(value, history, name):
     elif history is None and not is_transcript(value) and not re.search(
             r"\A.*\n\nAssistant:|\nHuman:.*\nAssistant:", value, re.DOTALL):
         raise Drop("column `prompt` is missing")
-    elif history is None or re.match(r"\s*Human:", value) and re.search(r"\n\s*Assistant:", value):
+    elif history is None or re.match(r"\s*Human:", value) and re.search(r"\n[ \t]*Assistant:", value):
         side = transcript(value)
     else:
         side = [answer_of(value, history)]
@@ -419,6 +431,13 @@ def read_side(value, history, name):
     return split_last(join(history, side) if history else side)
 
 
+def is_dialogue(side):
+    """Whether a side, as it came, is more than a response."""
+    side = parsed(side)
+    return len(side) > 1 if isinstance(side, list) else isinstance(side, str) and bool(
+        is_transcript(side) or markup(side))
+
+
 def answer_of(text, history):
     """A response's text as a message; white space before it is kept where it goes on with a
     turn."""
@@ -426,13 +445,13 @@ def answer_of(text, history):
     return {"role": "assistant", "content": text if goes_on else text.strip()}
 
 
-def parsed_sides(values, history):
+def parsed_sides(row, values, history):
     """Both sides `parsed`; texts beside a prompt that are messages on one side only are texts, and
-    what begins with a space is one."""
+    what begins with a space is one. The row says whether a list of texts may be one itself."""
     if history is not None and any(isinstance(v, str) and v[:1] == " " for v in values):
         return list(values)
     found = [parsed(v) for v in values]
-    if all(isinstance(v, str) for v in found):  # lists of texts, as CSV has them
+    if all(isinstance(v, str) for v in found) and (history is None or isinstance(row, Cells)):
         lists = [literal(v) if v[:1] == "[" else None for v in found]
         return lists if all(map(is_texts, lists)) else found
     texts = [isinstance(v, str) for v in values]
@@ -582,7 +601,7 @@ def read_row(row, kind, style, task, ignored=None):
         row = {"prompt": row}
     if not isinstance(row, dict):
         raise Bad(f"a JSON {type(row).__name__}, not an object")
-    row = present(row, style)
+    row = in_one_form(present(row), style)
     given = task_name(string(row, "task")) if "task" in row else ""
     own = [row.pop(k, None) for k in ("task", "id")]
     unused = {f"{k} of a message" for v in row.values() for m in (v if isinstance(v, list) else ())
@@ -601,12 +620,30 @@ def read_row(row, kind, style, task, ignored=None):
     return clean
 
 
-def present(row, style):
-    """The columns that are there, in one spelling: None is Parquet's and NaN pandas' for no value.
-    Dialogues with marks in words are in HH's, but for --template none."""
-    return {SPELLINGS.get(k, k): reworded(v) if isinstance(v, str) and style.form != "none" else v
-            for k, v in row.items() if v is not None and (
-                v == v or SPELLINGS.get(k, k) in (*NUMBERS, LABEL))}
+def present(row):
+    """The columns that are there, in one spelling: None is Parquet's and NaN pandas' for no value,
+    which beside another response is an empty one."""
+    there = type(row)({SPELLINGS.get(k, k): v for k, v in row.items() if v is not None and (
+        v == v or SPELLINGS.get(k, k) in (*NUMBERS, LABEL))})
+    for a, b in (*CHOSEN_OF_TWO, *PAIRS[:3]):
+        if {a, b} <= row.keys() and (a in there) != (b in there):
+            there |= {name: "" for name in (a, b) if name not in there}
+    return there
+
+
+def in_one_form(row, style):
+    """The row with HH's marks in dialogues whose marks are words, but for --template none. Beside a
+    prompt without them a response has such marks as its own, unless it repeats the prompt."""
+    if style.form == "none":
+        return row
+    asked = [row[k] for k in (*PROMPTS, "input") if k in row]
+    marked = not asked or any(isinstance(v, str) and reworded(v) != v for v in asked)
+
+    def one(text):
+        new = reworded(text)
+        return new if marked or ASSISTANT in new and all(
+            held(t, new) for t in words(asked)) else text
+    return type(row)({k: one(v) if isinstance(v, str) else v for k, v in row.items()})
 
 
 def check_left(row, clean, kind):
@@ -646,6 +683,8 @@ def task_name(text):
 
 
 def read_pair(row, style):
+    if "margin" in row:
+        style.notes["rows have a `margin`, in whose place the strength of stage 03 is used"] += 1
     extra = carried(row)
     if style.form == "none":
         take_tools(row, style)
@@ -669,8 +708,8 @@ def divide(row, style):
     rejected] as messages, the two as they came)."""
     came = take_sides(row)
     values = without_prompt(row, came, style)
-    history, sides, drop = take_history(row), [], None
-    for name, value in zip(("chosen", "rejected"), parsed_sides(values, history)):
+    history, sides, drop = take_history(row, style, all(map(is_dialogue, came))), [], None
+    for name, value in zip(("chosen", "rejected"), parsed_sides(row, values, history)):
         try:
             sides.append(read_side(value, history, name))
         except Drop as reason:  # the other side must be readable all the same
@@ -681,7 +720,7 @@ def divide(row, style):
     if before != other:
         raise Drop("prompts differ")
     if history is None:
-        before = with_columns(row, before)
+        before = with_columns(row, before, style)
     return *bare(before, [chosen, rejected], style), came
 
 
@@ -689,7 +728,8 @@ def as_came(row, style, spoken=False):
     """A preference row that `read_row` reads, under TRL's names and in the layout that it came in:
     whole dialogues as a text each, a prompt's text and two responses', else, or if `spoken`,
     messages; and its tools. Read again it gives what it gave."""
-    row = present(row, style)
+    as_it_is = present(row)
+    row = in_one_form(as_it_is, style)
     texts = [v for v in (row.get("chosen"), row.get("rejected")) if isinstance(v, str)]
     whole = not {*PROMPTS, "input", "info", "system", "system_prompt", "history"} & row.keys()
     if style.form == "none":
@@ -697,20 +737,24 @@ def as_came(row, style, spoken=False):
         return dict(zip(("chosen", "rejected"), texts)) if whole else {
             "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
     tools, given = take_tools(row, style), next((row[k] for k in PROMPTS if k in row), None)
+    changed, raw = row != as_it_is, next((as_it_is[k] for k in PROMPTS if k in as_it_is), None)
     before, answers, came = divide(row, style)
     want, made = write(style, before, answers, tools), []
+    if changed and not spoken and not tools:  # marks in words, as they came
+        sides = dict(zip(("chosen", "rejected"), take_sides(as_it_is)))
+        made = [sides if whole else {"prompt": raw, **sides}]
     if not spoken and not tools and all(isinstance(parsed(v), str) for v in came):
         if isinstance(before, str) or isinstance(given, str) and is_transcript(given):
             prompt, sides = write(style_of("tiny"), before, answers)  # in HH form, or as templated
         else:
             prompt, sides = before[-1]["content"], came
-        made = [dict(zip(("chosen", "rejected"), came))] if whole else [
+        made += [dict(zip(("chosen", "rejected"), came))] if whole else [
             {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]},
             {"prompt": prompt, **dict(zip(("chosen", "rejected"), (
                 a["content"] for a in answers)))}]
     for pair in made:
         with contextlib.suppress(Drop, Bad):
-            if read_dialogues(dict(pair), style) == want:
+            if read_dialogues(in_one_form(pair, style), style) == want:
                 return pair
     prompt, sides = (before, [[a] for a in answers]) if isinstance(before, list) else want
     return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1],
@@ -749,14 +793,14 @@ def read_sft(row, style):
     tools, spoken = take_tools(row, style), set(PROMPTS[4:]) & row.keys()
     value = without_prompt(row, [row.pop(names[0])], style)[0] if names else None
     whole = next((k for k in PROMPTS[4:] if isinstance(parsed(row.get(k)), list)), None)
-    history = take_history(row) if names or not whole else with_columns(
-        row, messages(parsed(row.pop(whole)), whole))  # `prompt` beside it is its first turn
+    history = take_history(row, style) if names or not whole else with_columns(  # `prompt` beside
+        row, messages(parsed(row.pop(whole)), whole), style)                 # it is its first turn
     if spoken and isinstance(history, list) and (value is None
                                                  or history[-1]["role"] == "assistant"):
         before, answer = split_last(history)  # `answer` beside it may be a short form
     elif value is not None:
-        before, answer = read_side(parsed_sides([value], history)[0], history, names[0])
-        before = with_columns(row, before) if history is None else before
+        before, answer = read_side(parsed_sides(row, [value], history)[0], history, names[0])
+        before = with_columns(row, before, style) if history is None else before
     else:
         raise Bad("column `response` is missing")
     before, (answer,) = bare(before, [answer], style)
@@ -773,9 +817,12 @@ def read_prompt(row, style):
         take_tools(row, style)
         row["response"] = "-"
         return {"prompt": write_none(row, ["response"], style)[0]}
-    tools, history = take_tools(row, style), take_history(row)
+    tools, history = take_tools(row, style), take_history(row, style)
     if history is None:
-        history, _ = read_side(parsed(take_sides(row)[0]), None, "chosen")
+        names = next((names for names in (*CHOSEN_OF_TWO, *PAIRS) if set(names) <= row.keys()), None)
+        if names is None:
+            raise Bad(f"no column of a prompt ({', '.join(PROMPTS)}) and no pair that holds one")
+        history, _ = read_side(parsed([row.pop(name) for name in names][0]), None, names[0])
     elif isinstance(history, list) and len(history) > 1 and history[-1]["role"] == "assistant":
         history = history[:-1]
     return {"prompt": write(style, history, [{"role": "assistant", "content": "-"}], tools)[0]}
@@ -819,8 +866,8 @@ def load(given, kind, args, ids, originals=None):
                 drops["unreadable"] += 1
             else:
                 own = raw.get("id") if isinstance(raw, dict) else None
-                new = own = own if own and isinstance(own, str) else re.sub(
-                    "[:/ ]", "-", f"{name}-{place}")
+                own = str(own) if type(own) in (int, str) else ""
+                new = own = own or re.sub("[:/ ]", "-", f"{name}-{place}")
                 while new in ids:
                     ids[own] += 1
                     new = f"{own}-{ids[own]}"

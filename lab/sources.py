@@ -20,6 +20,7 @@ TOY = {"toy": ("helpful", "harmless"), "toy:summary": ("summary",)}
 SUFFIXES, PACKED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"), (".gz", ".zst")
 ROWS = {"chosen", "prompt", "instruction", "question", "messages", "conversations", "info"}
 QUOTED = re.compile(r'"([^"]|"")*"')  # a cell of CSV
+METADATA = re.compile(r"\bdataset_infos?\.json\Z")  # of a hub repository, of LLaMA-Factory's data
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 # their names tell the task
 FOLDERS = {"Anthropic/hh-rlhf": [f"Anthropic/hh-rlhf:{folder}" for folder in (
@@ -32,6 +33,10 @@ class Drop(Exception):
 
 class Bad(Exception):
     """A row that cannot be read; the message says what is wrong, without the row's contents."""
+
+
+class Cells(dict):
+    """A row of CSV, whose values are texts, of lists too."""
 
 
 def container(path):
@@ -51,7 +56,7 @@ def parts(source):
     if source in TOY or Path(source).is_file() or saved_to_disk(source):
         return [source]
     if Path(source).is_dir():
-        return [p for p in user_files(source) if container(p)]
+        return [p for p in user_files(source) if container(p) and not METADATA.search(p)]
     if any(c in source for c in "*?["):
         found = sorted(glob.glob(source, recursive=True))
         return list(dict.fromkeys(str(Path(f).resolve()) for p in found for f in (
@@ -120,6 +125,7 @@ def raw_rows(source, kind, args):
     # the libraries raise a dozen types when the network or a file is at fault
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:150]
+        hint = hint if isinstance(error, OSError) else ""  # of the hub, too
         die(f"{source} cannot be read ({type(error).__name__}: {reason}){hint}")
 
 
@@ -185,6 +191,7 @@ def csv_rows(text):
             row = next(rows, None)
             if row is None:
                 return
+            row = Cells(row)
             if None in row:
                 row = Bad("more cells than the header has")
             elif delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values() if v):
@@ -201,7 +208,7 @@ def one_by_one(lines, names):
         if any(c[:1] == '"' and not QUOTED.fullmatch(c) for c in cells):
             yield n, Bad("a quote that does not close, where other cells are in quotes")
         elif len(cells) == len(names):
-            yield n, dict(zip(names, next(csv.reader(["\t".join(cells)], delimiter="\t"))))
+            yield n, Cells(zip(names, next(csv.reader(["\t".join(cells)], delimiter="\t"))))
         elif any(cells):
             yield n, Bad(f"{len(cells)} cells, not {len(names)}")
 
@@ -218,6 +225,9 @@ def json_rows(text):
             whole = rows_in(with_rows) or [with_rows]
         elif isinstance(with_rows, list) and all(isinstance(r, (dict, str)) for r in with_rows):
             whole = with_rows
+        elif first.lstrip().startswith("["):
+            yield from lines_of_array(rest, n, with_rows)
+            return
         numbered = enumerate(rest.split("\n")[1:], n + 1)
     elif rows := rows_in(parse_line(first)):  # an object on one line
         rest = text.read()
@@ -227,6 +237,17 @@ def json_rows(text):
         return
     yield n, parse_line(first) if first else Bad("empty")
     yield from ((n, parse_line(line)) for n, line in numbered if line.strip())
+
+
+def lines_of_array(text, n, problem):
+    """Rows of an array that is not JSON: those that stand on a line each, or else its fault."""
+    rows = [(k, parse_line(row)) for k, line in enumerate(text.split("\n"), n) if (
+        row := line.strip().removeprefix("[").removesuffix("]").removesuffix(",").strip())]
+    if 2 * sum(isinstance(row, Bad) for _, row in rows) < len(rows):
+        yield from rows
+    else:
+        yield n - 1 + getattr(problem, "line", 1), problem if isinstance(problem, Bad) else Bad(
+            "an array of neither objects nor texts")
 
 
 def rows_in(thing):
@@ -243,7 +264,9 @@ def parse_line(line):
         line.encode()  # bytes that were no text stand as surrogates
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Bad(f"not JSON in UTF-8 ({getattr(error, 'msg', type(error).__name__)})")
+        bad = Bad(f"not JSON in UTF-8 ({getattr(error, 'msg', type(error).__name__)})")
+        bad.line = getattr(error, "lineno", 1)  # of those given
+        return bad
 
 
 @functools.cache

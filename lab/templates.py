@@ -31,7 +31,7 @@ MARKUPS = {opening: re.compile(other) for opening, other in (
     ("[/INST]", r"\[INST\]"))}
 BEGIN = re.compile(r"\s*(<[^<>\s]+>|\[gMASK\]<sop>)?\s*")  # BOS, in any spelling
 ENDS = re.compile(
-    r"(\s*(<\|(im_end|eot_id|eot|end|return|endoftext|end_of_text|END_OF_TURN_TOKEN)\|>"
+    r"(?<!\s)(\s*(<\|(im_end|eot_id|eot|end|return|endoftext|end_of_text|END_OF_TURN_TOKEN)\|>"
     r"|<end_of_turn>|</s>|<eos>|<｜end▁of▁sentence｜>))+\s*\Z")
 # other marks, which are kept as text
 SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(INST|SYSTEM_PROMPT)\]"
@@ -40,9 +40,9 @@ SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(I
                      re.MULTILINE)
 # marks that are words: (how a text with them begins, a mark), of Vicuna, of Alpaca and Guanaco
 WORDED = [(re.compile(begin, re.DOTALL), re.compile(mark)) for begin, mark in (
-    (r"\s*(A chat between .*?)?USER:", r"(?:\A\s*|\s+|</s>\s*)(USER|ASSISTANT):"),
+    (r"\s*(A chat between .*?)?USER:", r"(?:\A\s*|(?<!\s)\s+|</s>\s*)(USER|ASSISTANT):"),
     (r"\s*(Below is an instruction.*?)?### (Instruction|Human):",
-     r"\s*### (Instruction|Human|Response|Assistant):"))]
+     r"(?<!\s)\s*### (Instruction|Human|Response|Assistant):"))]
 UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
 DAY = date(2024, 7, 26)  # what a chat template that writes the date is told

@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -304,8 +305,26 @@ ROWS = [
         "prompt": Q, "response_a": A, "response_b": B, "winner": "gpt", "model_a": "gpt",
         "model_b": "gpt"}, "`winner`"),
     ("history that is blank text", {"query": Q, "history": " \n", **AB}, HH),
-    ("lists of one text, from CSV", {"prompt": str([Q]), "chosen": str([A]), "rejected": str([B])},
-     HH),
+    ("lists of one text, from CSV", sources.Cells(
+        prompt=str([Q]), chosen=str([A]), rejected=str([B])), HH),
+    ("the Arena, Python's lists", {**{k: str([v]) for k, v in ARENA.items() if v},
+                                   "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}, HH),
+    ("the Arena, a text that begins as a list", {
+        **ARENA, "prompt": f"['{Q}", "winner_model_b": 1}, HH.replace(Q, f"['{Q}")),
+    ("an empty prompt column beside dialogues", {"prompt": "", **BOTH}, HH),
+    ("an empty input beside HH dialogues", {"input": " ", "chosen": HH + A, "rejected": HH + B}, HH),
+    ("an empty instruction beside an input", {"instruction": "", "input": Q, **AB}, HH),
+    ("an empty prompt", {"prompt": "", **AB}, "empty prompt"),
+    ("a prompt that quotes a dialogue", {
+        "prompt": f"Here is a chat:{HH} Rayleigh.\n\nSum it up.", **AB},
+     f"\n\nHuman: Here is a chat:{HH} Rayleigh.\n\nSum it up.\n\nAssistant:"),
+    ("a choice of -1", {"prompt": Q, **TWO, "preference": -1}, "`preference` is -1"),
+    ("one of two is null", {"prompt": Q, "response_a": A, "response_b": None, "winner": "a"},
+     "empty response"),
+    ("rejected is null", {"prompt": Q, "chosen": A, "rejected": None}, "empty response"),
+    ("rejected is a number", {"prompt": Q, "chosen": A, "rejected": 5}, "neither text"),
+    ("a form that is not known", {"prompt": Q, "answers": [{"answer": A, "rank": 1}]},
+     "no other form fits the columns answers, prompt"),
     ("lists of texts, from CSV", {"chosen": str(["Hi", "Hello.", Q, A]),
                                   "rejected": str(["Hi", "Hello.", Q, B])}, TALK),
     ("two system turns that differ", {"prompt": [says("Be kind.", "system"), user()], "chosen": [
@@ -341,7 +360,8 @@ ROWS = [
 def test_row(why, row, want):
     style = formats.style_of("tiny")
     try:
-        clean = formats.read_row(json.loads(json.dumps(row)), "pairs", style, "general")
+        copy = type(row)(json.loads(json.dumps(row)))
+        clean = formats.read_row(copy, "pairs", style, "general")
     except (formats.Drop, formats.Bad) as problem:
         assert want in str(problem) and "\n" not in str(problem) and A not in str(problem)
         return
@@ -351,6 +371,39 @@ def test_row(why, row, want):
         assert bare == ([A, B] if "JSON text that" not in why else bare)
 
 
+@pytest.mark.parametrize("chosen", [
+    '["Paris"]', '["Paris", "Rome"]', "### Instruction:\nMix.", "USER: names the user", "Human: is a "
+    "word", "### Instruction:\nMix.\n\n### Response:\nMixed.", "[1, 2]", "{'a': 1}", "User: x"])
+@pytest.mark.parametrize("asked", [{"prompt": Q}, {"prompt": [user()]}, {"instruction": "", "input": Q}])
+def test_a_response_is_not_read_as_something_else(chosen, asked):
+    """Lists, marks of other templates and messages that an answer shows are its text."""
+    style = formats.style_of("tiny")
+    clean = formats.read_row({**asked, "chosen": chosen, "rejected": B}, "pairs", style, "general")
+    assert (clean["prompt"], clean["chosen"], clean["rejected"]) == (HH, f" {chosen}", f" {B}")
+    clean = formats.read_row({**asked, "response": chosen}, "sft", style, "general")
+    assert (clean["prompt"], clean["response"]) == (HH, f" {chosen}")
+
+
+def test_columns_that_are_used_otherwise_than_a_user_may_think_are_told():
+    style = formats.style_of("tiny")
+    style.notes.clear()
+    row = {"prompt": Q, "query": "clouds", **AB, "margin": 2.0}
+    assert formats.read_row(row, "pairs", style, "x")["prompt"] == HH.replace(Q, f"{Q}\n\nclouds")
+    assert sorted(style.notes) == [
+        "prompts end in column `query`",
+        "rows have a `margin`, in whose place the strength of stage 03 is used"]
+
+
+def test_a_long_run_of_white_space_takes_no_time():
+    """Degenerate generations look like this; patterns that begin anywhere in one are quadratic."""
+    style, start = formats.style_of("tiny"), time.time()
+    for blank in ("\n", " ", "\n "):
+        for side in (f"a{blank * 20_000}b", f"USER: a{blank * 20_000}b", f"Human: a{blank * 20_000}b"):
+            for row in ({"prompt": Q, "chosen": side, "rejected": B}, {"prompt": side, **AB}):
+                formats.read_row(row, "pairs", style, "general")
+    assert time.time() - start < 5
+
+
 @pytest.mark.parametrize("row, kind, want", [
     ({"messages": [user(), says(A)], "answer": "scatters"}, "sft", [HH, f" {A}"]),
     ({"prompt": Q, "response": f"{Q}\n{A}"}, "sft", [HH, f" {A}"]),
@@ -358,7 +411,9 @@ def test_row(why, row, want):
         user("Hi"), says("Hello."), user(), says(A)]}, "sft", [TALK, f" {A}"]),
     ({"prompt": HH, "messages": [user(), says(A)]}, "sft", [HH, f" {A}"]),
     ({"prompt": Q, "messages": [user(), says(A)], "chosen": A}, "prompts", [HH]),
-    ({**ARENA, "prompt": f'["{Q}"]'}, "prompts", [HH])])
+    ({**ARENA, "prompt": f'["{Q}"]'}, "prompts", [HH]),
+    ({"conversation_a": BOTH["chosen"], "conversation_b": BOTH["rejected"], "winner": "tie"},
+     "prompts", [HH])])
 def test_rows_of_other_kinds(row, kind, want):
     clean = formats.read_row(row, kind, formats.style_of("tiny"), "general")
     assert [clean[k] for k in ("prompt", "response") if k in clean] == want

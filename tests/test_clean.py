@@ -160,6 +160,10 @@ HH = "\n\nHuman: Hi\n\nAssistant:"
      {"prompt": TALK, "chosen": [YES], "rejected": [NO]}),
     ({"chosen": HH + " Yes.", "rejected": HH + " No."}, None),
     ({"prompt": HH, "chosen": " Yes.", "rejected": " No."}, None),
+    ({"prompt": "USER: Hi ASSISTANT:", "chosen": "Yes.", "rejected": "No."}, None),
+    ({"prompt": "### Human: Hi### Assistant:", "chosen": " Yes.", "rejected": " No."}, None),
+    ({"chosen": "### Instruction:\nHi\n\n### Response:\nYes.",
+      "rejected": "### Instruction:\nHi\n\n### Response:\nNo."}, None),
     ({"instruction": "Hi", "response_0": "No.", "response_1": "Yes.", "choice": 1},
      {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."})])
 def test_pairs_keep_the_layout_that_they_came_in(row, want):

@@ -411,8 +411,8 @@ def test_evaluation_prompts_are_kept_out_of_training(tmp_path):
     out = run(tmp_path / "out", "--preferences", pairs, "--prompts", pairs, "--sft", pairs,
               "--n_eval", 2)
     for kind, n, held in (("prompts", 2, "eval_general"), ("sft", 4, "valid")):
-        assert metrics(out)["other_sources"][kind] == {
-            "read": 40, "kept": 40 - n, "drops": {"held-out prompt": n}}
+        assert metrics(out)["other_sources"][kind].items() >= {
+            "read": 40, "kept": 40 - n, "drops": {"held-out prompt": n}}.items()
         assert not {r["prompt"] for r in rows_of(out, kind)} & {
             r["prompt"] for r in rows_of(out, held)}
 
