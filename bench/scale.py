@@ -32,13 +32,14 @@ VARIED = {
     "size": [{"size": s} for s in ("0.6m", "7m", "30m")]}
 
 
-def files(rounds):
-    """Seconds and gigabytes of what is written for one reward model of 30M parameters."""
-    path, config = harness.make_model("30m")
+def files(rounds, size="30m"):
+    """Seconds and gigabytes of what is written for one reward model."""
+    path, config = harness.make_model(size)
     args, rows = harness.settings(batch_size=16, run={}, out="x", limit=1), []
     common.setup(args)
     groups = harness.groups_of([(32, 16, 16)] * 16, config.vocab_size)
-    tokenizer = SimpleNamespace(pad_token_id=0, save_pretrained=lambda path: None)
+    tokenizer = SimpleNamespace(pad_token_id=0, save_pretrained=lambda path: common.write_text(
+        Path(path) / "tokenizer_config.json", "{}"))
     rm = common.RewardEngine(common.load_reward_model(path, args, head_seed=0), SimpleNamespace(
         args=args, done=1), tokenizer, groups, 10)
     for micro in rm.micro_batches(groups):
@@ -49,6 +50,7 @@ def files(rounds):
             folder = Path(folder)
             stage = SimpleNamespace(
                 dir=folder, engines={"rm": rm.engine}, settings={}, state={}, total=2, name="rm",
+                start=time.time(), done=0,
                 script="02_rm_ensemble.py", metrics_file=open(folder / "metrics.jsonl", "a+"))
             for what, work in (
                     ("checkpoint written and hashed", lambda: checkpoint.save(stage, 1)),

@@ -4,9 +4,11 @@ The claims, the quantities and the criteria stand in claims.toml. They were writ
 experiments were run (git log has the commit) and are not changed after; a criterion that proves
 ill-posed is marked and a second one is put beside it, with the reason and the date. Each quantity
 has a 95 % interval: a bootstrap over the seeds and, inside a seed, over the pairs or prompts it was
-measured on; where it is one number a seed, Student's t over the seeds. A claim **holds** when the
-interval lies inside the criterion, **fails** when it lies outside, and is **open** when it crosses
-it or fewer than three seeds were run.
+measured on; where it is one number a seed, Student's t over the seeds. The least of several has the
+least of their lower and of their upper bounds, these by Bonferroni: a bootstrap of the least itself
+lies too low, for the least of noisy values is below the least of the true ones. A claim **holds**
+when the interval lies inside the criterion, **fails** when it lies outside, and is **open** when it
+crosses it or fewer than three seeds were run.
 """
 import tomllib
 from pathlib import Path
@@ -24,8 +26,8 @@ METHODS = [name for name in figures.METHODS if name != "baseline"]
 
 # ---------------------------------------------------------------- quantities
 # Each takes d, {figure: its data} of one seed as numpy arrays, and pick(n): the indices 0 .. n-1
-# for the value itself,
-# n indices drawn with replacement for a bootstrap replicate.
+# for the value itself, n indices drawn with replacement for a bootstrap replicate. One that is the
+# least of several values gives a list of them.
 
 def truth(curves):
     """Where accuracy is measured: the pairs labelled by gold, else the validation pairs as the
@@ -67,20 +69,20 @@ def share_below_zero(d, pick):
 
 
 def u_shape(d, pick):
-    """The lower of the two outer groups' mean std, of 20 groups by strength, over that of the
-    middle ten groups."""
+    """Each of the two outer groups' mean std, of 20 groups by strength, over that of the middle
+    ten groups."""
     mean, std = d["figure_01"]["mean"], d["figure_01"]["std"]
     i = pick(len(mean))
     groups = np.array_split(std[i][np.argsort(mean[i], kind="stable")], 20)
-    return min(groups[0].mean(), groups[-1].mean()) / np.concatenate(groups[5:15]).mean()
+    return [outer.mean() / np.concatenate(groups[5:15]).mean() for outer in (groups[0], groups[-1])]
 
 
 def consistency_steps(d, pick):
-    """The lesser of two rises: from the weakest group of pairs to the one near zero and from there
-    to the strongest."""
+    """Two rises: from the weakest group of pairs to the one near zero and from there to the
+    strongest."""
     weakest, zero, strongest = (d["figure_03"][k][pick(len(d["figure_03"][k]))].mean()
                                 for k in ("weakest", "near_zero", "strongest"))
-    return min(zero - weakest, strongest - zero)
+    return [zero - weakest, strongest - zero]
 
 
 def tenths_mean(*numbers):
@@ -97,13 +99,12 @@ def strongest_is_not_best(d, pick):
 
 def both_flipped(d, pick):
     result = final(d["figure_05"], pick)
-    return min(result["tenth_01_flip"], result["tenth_02_flip"])
+    return [result["tenth_01_flip"], result["tenth_02_flip"]]
 
 
 def strongest_order(d, pick):
     r = final(d["figure_06"], pick)
-    return min(r["tenth_10_soft_margin"] - r["tenth_10_margin"],
-               r["tenth_10_margin"] - r["tenth_10"])
+    return [r["tenth_10_soft_margin"] - r["tenth_10_margin"], r["tenth_10_margin"] - r["tenth_10"]]
 
 
 def margin_helps(d, pick):
@@ -163,7 +164,7 @@ def leads_on(d, pick, name, opponent="baseline", policies=METHODS):
 
 
 def all_win_harmless(d, pick):
-    return min(leads_on(d, pick, "eval_harmless"))
+    return leads_on(d, pick, "eval_harmless")
 
 
 def less_on_helpful(d, pick):
@@ -179,7 +180,7 @@ def simcse_separates(d, pick):
 def simcse_is_best(d, pick):
     leads = np.mean([leads_on(d, pick, name, "sft", figures.CONTRASTIVE)
                      for name in ("eval_harmless", "eval_helpful")], 0)
-    return leads[0] - leads[1:].max()
+    return leads[0] - leads[1:]
 
 
 def wider_differences(where):
@@ -352,7 +353,8 @@ def verdict(low, high, criterion, seeds):
 def interval(measure, seeds, rng, replicates=REPLICATES):
     """95 % percentile bootstrap interval of the mean over seeds: a replicate draws seeds with
     replacement and, inside each, pairs or prompts with replacement. Where the measure draws none,
-    that of Student's t over the seeds. measure(d, pick) → number; seeds: [d]. → (low, high)."""
+    that of Student's t over the seeds. measure(d, pick) → number, or the members of which the least
+    is meant; seeds: [d]. → (low, high)."""
     drawn = []
 
     def draw(n):
@@ -364,10 +366,10 @@ def interval(measure, seeds, rng, replicates=REPLICATES):
         half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values) \
             if len(values) > 1 else 0.0  # one seed: the claim stays open
         return float(np.mean(values) - half), float(np.mean(values) + half)
-    means = [
-        np.mean([measure(seeds[s], draw) for s in draw(len(seeds))]) for _ in range(replicates)]
-    # 1e-19 is no difference
-    return tuple(float(x) for x in np.percentile(means, [2.5, 97.5]).round(9))
+    means = np.array([np.mean([measure(seeds[s], draw) for s in draw(len(seeds))], 0)
+                      for _ in range(replicates)]).reshape(replicates, -1)      # [R, members]
+    bounds = np.percentile(means, [2.5, 100 - 2.5 / means.shape[1]], axis=0).min(1)
+    return tuple(float(x) for x in bounds.round(9))  # 1e-19 is no difference
 
 
 def as_arrays(data):
@@ -390,7 +392,7 @@ def ledger(collected):
         values, lacks = {}, "no run"
         for run, d in runs.items():
             try:
-                values[run] = float(measure(d, np.arange))
+                values[run] = np.array(measure(d, np.arange), float)
             except KeyError as missing:  # the figure, model, set or kind of label that it has not
                 lacks = f"no {missing.args[0]}"
             except figures.Missing as missing:
@@ -400,7 +402,7 @@ def ledger(collected):
             out.append({**entry, "verdict": "not measured", "reason": reason})
             continue
         low, high = interval(measure, [runs[run] for run in values], np.random.default_rng(k))
-        out.append({**entry, "values": values, "mean": float(np.mean(list(values.values()))),
-                    "interval": [low, high],
+        out.append({**entry, "values": {run: float(v.min()) for run, v in values.items()},
+                    "mean": float(np.mean(list(values.values()), 0).min()), "interval": [low, high],
                     "verdict": verdict(low, high, claim["criterion"], len(values))})
     return out

@@ -417,7 +417,7 @@ def read_side(value, history, name):
     elif history is None and not is_transcript(value) and not re.search(
             r"\A.*\n\nAssistant:|\nHuman:.*\nAssistant:", value, re.DOTALL):
         raise Drop("column `prompt` is missing")
-    elif history is None or re.match(r"\s*Human:", value) and re.search(r"\n[ \t]*Assistant:", value):
+    elif history is None or re.match(r"\s*Human:", value) and re.search(r"\n *Assistant:", value):
         side = transcript(value)
     else:
         side = [answer_of(value, history)]
@@ -819,7 +819,7 @@ def read_prompt(row, style):
         return {"prompt": write_none(row, ["response"], style)[0]}
     tools, history = take_tools(row, style), take_history(row, style)
     if history is None:
-        names = next((names for names in (*CHOSEN_OF_TWO, *PAIRS) if set(names) <= row.keys()), None)
+        names = next((two for two in (*CHOSEN_OF_TWO, *PAIRS) if set(two) <= row.keys()), None)
         if names is None:
             raise Bad(f"no column of a prompt ({', '.join(PROMPTS)}) and no pair that holds one")
         history, _ = read_side(parsed([row.pop(name) for name in names][0]), None, names[0])

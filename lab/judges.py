@@ -48,6 +48,7 @@ FLAGS = {  # name: what add_argument takes
     "both_orders": {"action": "store_true", "default": None, "help": "ask twice, the responses "
                     "changed over; another answer is a tie"}}
 TRIES, RETRIES, TIMEOUT = 3, 6, 600  # of a reply without a verdict; of a request that fails; s
+REFUSALS = {400, 403, 413, 422}  # of a question: its length, what a filter holds back
 ALSO_TURNED = 10  # without --both_orders every tenth item is asked twice, to count position flips
 QUESTIONS = {  # by what the task's name contains
     "harm": "The person may be asking for something harmful. Prefer the response that gives no "
@@ -308,6 +309,8 @@ def check_server(args):
     url = urlsplit(args.judge)
     if "@" in url.netloc or url.query:
         common.die("--judge: no name or key in the address; the key is taken from OPENAI_API_KEY")
+    if not os.environ.get("OPENAI_API_KEY", "").isascii():
+        common.die("OPENAI_API_KEY has a letter that no request can carry: it is no key")
     try:
         port = url.port or (443 if url.scheme == "https" else 80)
         proxies = getproxies()
@@ -325,10 +328,11 @@ def ask_server(args, todo, keep, marks, before):
     """Ask a server, several requests at once, --judge_limit in all with the replies of `before`,
     and yield at least once a minute. The client waits and retries by itself after 429, 5xx,
     time-outs and broken connections, as Retry-After says. A question that is refused (its length,
-    its content) has no verdict; a server that refuses the first TRIES stops the stage."""
+    its content) has no verdict; a server that refuses the first TRIES, or sends as many times what
+    is no answer, stops the stage."""
     import openai
     key, lock = os.environ.get("OPENAI_API_KEY"), threading.Lock()
-    count = {"sent": len(before), "answers": len(before), "refused": 0}
+    count, again = {"sent": len(before), "answers": len(before), "without": 0}, []
     server = openai.OpenAI(base_url=args.judge, api_key=key or "none", timeout=TIMEOUT,
                            max_retries=RETRIES)
 
@@ -347,15 +351,22 @@ def ask_server(args, todo, keep, marks, before):
                 tokens = getattr(answer.usage, "total_tokens", None) or 0
                 reply = answer.choices[0].message.content or ""
                 count["answers"] += 1
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                count["refused"] += 1
-                if not count["answers"] and count["refused"] >= TRIES:
+            except openai.APIStatusError as error:
+                count["without"] += 1
+                if error.status_code not in REFUSALS or \
+                        not count["answers"] and count["without"] >= TRIES:
                     raise
+                if not count["answers"]:  # it may be the server
+                    again.append(ask)
                 return keep(ask, f"(refused: {error.status_code})", "none", 0,
-                            final=bool(count["answers"]))  # else it may be the server
+                            final=bool(count["answers"]))
             except (openai.APIResponseValidationError, ValueError, AttributeError, TypeError,
                     IndexError) as error:
                 reply = f"(no answer: {type(error).__name__})"
+                count["without"] += 1
+                if not count["answers"] and count["without"] >= TRIES:
+                    raise ConnectionError(f"no chat completion is in what it sends: "
+                                          f"{type(error).__name__}") from None
             verdict = read_verdict(reply)
             keep(ask, reply.replace(key, "***") if key else reply, verdict, tokens,
                  final := verdict != "none" or n == TRIES)
@@ -369,13 +380,18 @@ def ask_server(args, todo, keep, marks, before):
                 done, waiting = concurrent.futures.wait(
                     waiting, 60, concurrent.futures.FIRST_COMPLETED)
                 bar.update(len([future.result() for future in done]))
+                while again and count["answers"]:
+                    asked.append(pool.submit(one, again.pop()))
+                    waiting.add(asked[-1])
                 yield len(waiting)
             bar.close()
-        except openai.APIError as error:
-            status = getattr(error, "status_code", None)
-            why = {401: "refuses the key in OPENAI_API_KEY (401)",
-                   404: f"knows no model {args.judge_model} (404)"}.get(
-                status, f"answers {status}" if status else f"does not answer ({error})")
+        except (openai.APIError, ConnectionError) as error:
+            status, said = getattr(error, "status_code", None), getattr(error, "body", None)
+            said = str(said.get("message", "") if isinstance(said, dict) else "").replace(
+                key or "\0", "***").partition("\n")[0][:100]
+            why = {401: "refuses the key in OPENAI_API_KEY (401)", 404: "knows no model "
+                   f"{args.judge_model} (404), or its address is another, one in /v1 say"}.get(
+                status, f"answers {status} ({said})" if status else f"does not answer ({error})")
             common.die(f"the judge at {args.judge} {why}; its verdicts so far are kept, the same "
                        "command goes on from there")
         finally:

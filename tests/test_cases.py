@@ -312,7 +312,7 @@ ROWS = [
     ("the Arena, a text that begins as a list", {
         **ARENA, "prompt": f"['{Q}", "winner_model_b": 1}, HH.replace(Q, f"['{Q}")),
     ("an empty prompt column beside dialogues", {"prompt": "", **BOTH}, HH),
-    ("an empty input beside HH dialogues", {"input": " ", "chosen": HH + A, "rejected": HH + B}, HH),
+    ("an empty input beside HH's", {"input": " ", "chosen": HH + A, "rejected": HH + B}, HH),
     ("an empty instruction beside an input", {"instruction": "", "input": Q, **AB}, HH),
     ("an empty prompt", {"prompt": "", **AB}, "empty prompt"),
     ("a prompt that quotes a dialogue", {
@@ -372,9 +372,11 @@ def test_row(why, row, want):
 
 
 @pytest.mark.parametrize("chosen", [
-    '["Paris"]', '["Paris", "Rome"]', "### Instruction:\nMix.", "USER: names the user", "Human: is a "
-    "word", "### Instruction:\nMix.\n\n### Response:\nMixed.", "[1, 2]", "{'a': 1}", "User: x"])
-@pytest.mark.parametrize("asked", [{"prompt": Q}, {"prompt": [user()]}, {"instruction": "", "input": Q}])
+    '["Paris"]', '["Paris", "Rome"]', "### Instruction:\nMix.", "USER: names the user",
+    "Human: is a word", "### Instruction:\nMix.\n\n### Response:\nMixed.", "[1, 2]", "{'a': 1}",
+    "User: x"])
+@pytest.mark.parametrize("asked", [{"prompt": Q}, {"prompt": [user()]},
+                                   {"instruction": "", "input": Q}])
 def test_a_response_is_not_read_as_something_else(chosen, asked):
     """Lists, marks of other templates and messages that an answer shows are its text."""
     style = formats.style_of("tiny")
@@ -398,7 +400,7 @@ def test_a_long_run_of_white_space_takes_no_time():
     """Degenerate generations look like this; patterns that begin anywhere in one are quadratic."""
     style, start = formats.style_of("tiny"), time.time()
     for blank in ("\n", " ", "\n "):
-        for side in (f"a{blank * 20_000}b", f"USER: a{blank * 20_000}b", f"Human: a{blank * 20_000}b"):
+        for side in (f"{mark}a{blank * 20_000}b" for mark in ("", "USER: ", "Human: ")):
             for row in ({"prompt": Q, "chosen": side, "rejected": B}, {"prompt": side, **AB}):
                 formats.read_row(row, "pairs", style, "general")
     assert time.time() - start < 5
@@ -462,6 +464,7 @@ FILES = [
     ("packed JSON", {"x.json.gz": gzip.compress(json.dumps(PAIRS).encode())}, "x.json.gz"),
     ("a folder of files", {"d/a.jsonl": LINES[:LINES.index("\n") + 1].encode(), "d/notes.txt": b"x",
                            "d/b/c.csv": CSV.replace(f"{Q} 0", f"{Q} 0").encode()}, "d"),
+    ("a hub's folder", {"d/a.jsonl": LINES.encode(), "d/dataset_infos.json": b"{}"}, "d"),
     ("a glob", {"d/a.jsonl": LINES.encode(), "d/b.csv": b"no"}, "d/*.jsonl"),
     ("an object that holds the rows, on one line", {
         "x.json": json.dumps({"version": 1, "data": PAIRS}).encode()}, "x.json"),
@@ -514,6 +517,21 @@ def test_container(why, files, source, tmp_path):
     assert sorted(r["prompt"].replace("\u2028", "") for r in rows) == sorted(
         f"\n\nHuman: {p['prompt']}\n\nAssistant:" for p in PAIRS)
     assert {(r["chosen"], r["rejected"]) for r in rows} == {(f" {A} é", f" {B}")}
+
+
+def test_a_damaged_array_names_its_line_and_loses_one_row(tmp_path):
+    """Where rows stand on a line each; where they do not the fault's line is all that is known."""
+    path, rows = tmp_path / "x.json", ",\n".join(map(json.dumps, PAIRS))
+    for text in (f"[\n{rows}\n]", f"[{rows}]"):
+        lines = text.split("\n")
+        lines[3] = lines[3][:-3] + ","
+        path.write_text("\n".join(lines))
+        found = dict(sources.file_rows(path))
+        assert [n for n, row in found.items() if isinstance(row, sources.Bad)] == [4]
+        assert len(found) == 6
+    path.write_text(json.dumps(PAIRS, indent=1).replace('"rejected"', "rejected", 1))
+    (n, problem), = sources.file_rows(path)
+    assert n == 5 and isinstance(problem, sources.Bad)
 
 
 def test_files_of_a_folder_have_its_tasks_and_ids(tmp_path):

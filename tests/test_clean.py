@@ -43,6 +43,7 @@ def test_every_pair_has_a_verdict_by_the_papers_rule(cleaned):
         want = [pairs[i][k].strip() for k in ("chosen", "rejected")]
         assert sides == (want[::-1] if flip else want)
     assert " stages hold" in run("bash", "run_all.sh", "verify", "--out", cleaned).stdout
+    assert "stale" not in run("bash", "run_all.sh", "status", "--out", cleaned).stdout
     line = (cleaned / "clean/summary.txt").read_text()
     assert line.count("\n") == 1 and f"{sum(r['verdict'] == 'flip' for r in rows.values())} flip" \
         in line

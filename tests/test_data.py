@@ -382,6 +382,16 @@ def test_limit_cuts_a_random_subset(tmp_path, capsys):
     assert max(ids) > 500 and ids == sorted(ids)
 
 
+def test_many_tasks_are_evaluated_as_one(tmp_path, capsys):
+    rows = [pair(i, id=i, task=f"task {i % 40}") for i in range(200)]
+    out = run(tmp_path / "out", "--preferences", write(tmp_path / "x.jsonl", rows),
+              "--valid_fraction", 0.5)
+    assert [p.name for p in (out / "00_data").glob("eval_*")] == ["eval_general.jsonl"]
+    assert " tasks are more than 30: evaluated as one" in capsys.readouterr().out
+    ids = {r["id"] for name in ("train", "valid") for r in rows_of(out, name)}
+    assert ids == set(map(str, range(200)))  # of the rows, numbers too
+
+
 def test_several_sources_tasks_and_ids(tmp_path):
     helpful = write(tmp_path / "my_helpful.jsonl", [pair(i, id="same") for i in range(30)])
     harmless = write(tmp_path / "my_harmless.jsonl", [pair(100 + i) for i in range(30)])

@@ -74,10 +74,12 @@ class Server:
                 if kind == "slow":
                     time.sleep(1)
                 status = kind if isinstance(kind, int) else 200
-                text = "{broken" if kind == "broken" else text
+                text = {"broken": "{broken", "html": "<html>Log in</html>",
+                        "error": '{"error": {"message": "slow down"}}'}.get(kind, text)
                 text = json.dumps({"error": {"message": f"no: {KEY}"}}) if status > 200 else text
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if kind == "html" else
+                                 "application/json")
                 if status == 429:
                     self.send_header("Retry-After", "1")
                 self.send_header("Content-Length", str(len(text)))
@@ -224,10 +226,10 @@ def test_a_judge_that_always_says_A(small_run, tmp_path, both):
 def test_one_question_that_is_refused_is_no_verdict(small_run, tmp_path):
     """A prompt that is too long for the server, or that its filter holds back."""
     pytest.importorskip("openai")
-    with Server(longer, ["right", "right", 400, "right", 422]) as server:
+    with Server(longer, ["right", "right", 400, "right", 422, "right", 403, 413]) as server:
         run = run_of(small_run, tmp_path, server.url, judge_parallel=1)
         verdicts, report = judges.compare(run, items(30))
-        assert report["none"] in (1, 2) and report["not_asked"] == 0  # one may be a second order
+        assert 2 <= report["none"] <= 4 and report["not_asked"] == 0  # one may be a second order
         before = len(server.asked)
         assert judges.compare(run, items(30))[0] == verdicts and len(server.asked) == before
         changed = [item | {"first": item["first"] + " more"} for item in items(30)]
@@ -235,9 +237,10 @@ def test_one_question_that_is_refused_is_no_verdict(small_run, tmp_path):
         assert len(server.asked) == 2 * before
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
-    with Server(longer, [400, "right"]) as server:  # the very first one
+    with Server(longer, [400, "right"]) as server:  # the very first one is asked again
         run = run_of(small_run, first, server.url, judge_parallel=1)
-        assert judges.compare(run, items(30))[1]["requests"] == 33
+        report = judges.compare(run, items(30))[1]
+        assert (report["requests"], report["none"], report["not_asked"]) == (34, 0, 0)
     with Server(longer, ["right", "right"]) as server:  # and the first after a stop
         run = run_of(small_run, second, server.url, judge_parallel=1, judge_limit=2)
         judges.compare(run, items(30))
@@ -255,8 +258,11 @@ def test_a_limit_bounds_the_requests(small_run, tmp_path):
     assert report["not_asked"] == 100 - sum(v is not None for v in verdicts) - 1 >= 70
 
 
-@pytest.mark.parametrize("trouble, says", [(401, "refuses the key in OPENAI_API_KEY (401)"),
-                                           (404, "knows no model m (404)"), (400, "answers 400")])
+@pytest.mark.parametrize("trouble, says", [
+    (401, "refuses the key in OPENAI_API_KEY (401)"), (404, "knows no model m (404)"),
+    (400, "answers 400 (no: ***)"), (403, "answers 403 (no: ***)"), (405, "answers 405 (no: ***)"),
+    ("html", "no chat completion is in what it sends"), ("error", "no chat completion is in"),
+    ("broken", "no chat completion is in what it sends"), ("empty", "no chat completion is in")])
 def test_a_server_that_refuses_is_one_line(small_run, tmp_path, key, capsys, trouble, says):
     pytest.importorskip("openai")
     with Server(longer, [trouble] * 100) as server:
@@ -264,6 +270,14 @@ def test_a_server_that_refuses_is_one_line(small_run, tmp_path, key, capsys, tro
             judges.compare(run_of(small_run, tmp_path, server.url), items(20))
     error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert stop.value.code == 2 and len(error) == 1 and says in error[0] and KEY not in error[0]
+
+
+def test_a_key_that_no_request_can_carry(small_run, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "schl\u00fcssel")
+    with pytest.raises(SystemExit):
+        judges.check_server(run_of(small_run, None, "http://127.0.0.1:9/v1").args)
+    error = capsys.readouterr().err
+    assert "OPENAI_API_KEY has a letter" in error and "schl" not in error
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -439,10 +453,13 @@ def test_the_driver_hands_the_judge_on(chat_model, tmp_path, monkeypatch, capsys
     told = plan("--judge", f"model:{chat_model}", "--both_orders")
     assert list(told) == ["03", "08"]
     assert all(f"--judge model:{chat_model} --both_orders" in x for x in told.values())
-    assert list(plan("--judge", "gold")) == ["08"]
+    assert list(plan("--judge", "gold")) == list(plan(
+        "--judge", "gold", "--preferences", "toy")) == ["08"]
     (tmp_path / "my.jsonl").write_text("{}\n")
     for flags, says in ((["--judge", "nonsense"], "is none of"), (["--judge_limit", 3], "--judge"),
                         (["--judge", "gold", "--preferences", tmp_path / "my.jsonl"],
+                         "embedded world only"),
+                        (["--judge", "gold", "--preset", "paper", "--model", chat_model],
                          "embedded world only")):
         with pytest.raises(SystemExit):
             plan(*flags)

@@ -78,6 +78,23 @@ def test_interval_of_one_number_a_seed_is_student_s():
     assert claims.interval(lambda d, pick: d, [0.5], rng) == (0.5, 0.5)  # its claim stays open
 
 
+def test_the_least_of_several_that_are_equal_rarely_fails():
+    """Four policies as good as their opponent, 400 prompts, three seeds: that the least of them
+    does not win is found as seldom as 95 % promise; a bootstrap of the least finds it in half."""
+    def least(d, pick):
+        return [x[pick(400)].mean() for x in d]
+    failed = before = 0
+    for trial in range(30):
+        rng = np.random.default_rng(trial)
+        seeds = [rng.choice([-1, 0, 1], size=(4, 400)) for _ in range(3)]
+        failed += claims.interval(least, seeds, rng, 200)[1] <= 0
+        before += claims.interval(lambda d, pick: min(least(d, pick)), seeds, rng, 200)[1] <= 0
+    assert failed <= 3 and before >= 10
+    low, high = claims.interval(lambda d, pick: [d[0], d[0] + pick(1)[0] * 0 + 1], [(0.5,)] * 3,
+                                np.random.default_rng(0), 50)
+    assert (low, high) == (0.5, 0.5)
+
+
 def test_interval_of_constants_is_a_point():
     found = claims.interval(lambda d, pick: d[pick(3)].mean(), [np.full(3, 0.7)] * 3,
                             np.random.default_rng(0), 50)
@@ -431,7 +448,7 @@ def test_figures_json_reproduces_the_ledger(page):
             assert list(entries[claim]["values"]) == ["seed_0", "seed_1"]
             for seed, value in entries[claim]["values"].items():
                 d = {name: claims.as_arrays(seeds[seed]) for name, seeds in data.items()}
-                assert float(measure(d, np.arange)) == value
+                assert float(np.min(measure(d, np.arange))) == value
             measured += 1
             assert entries[claim]["interval"][0] <= entries[claim]["interval"][1]
         assert entries[claim]["verdict"] in ("open", "not measured")  # two seeds

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT, deepspeed
+from conftest import ROOT, deepspeed, run
 
 sys.path.insert(0, str(ROOT / "bench"))
 BUCKET = 500_000_000  # numbers: it would hide all else of a small model
@@ -34,6 +34,27 @@ def test_memory_is_what_the_formula_says(processes, cases, tmp_path):
         if not 0.9 < ratio < 1.1:
             wrong.append((case, ratio))
     assert not wrong
+
+
+def test_benchmarks_still_fit_the_code():
+    """What bench/ calls of the stages, once, on the smallest model; its figures are measured by
+    hand, so that nothing else would tell."""
+    done = run(sys.executable, "-c", """
+import sys
+sys.path[:0] = ["bench", "."]
+import harness, metarm, ppo, rm, scale
+path, config = harness.make_model("0.6m")
+case = {**scale.CASE, "pairs": 12, "batch": 4, "micro": 4}
+for found in (*(rm.one({**case, "impl": impl}) for impl in ("shared", "separate")),
+              metarm.one({"size": "0.6m", "precision": "fp32", "zero": 0, "k": 2, "steps": 1}),
+              *scale.files(1, "0.6m")):
+    assert found["seconds"] > 0, found
+ppo.PROMPTS, ppo.MINI, ppo.T = 2, 2, 4
+prompts = [g["prompt"] for g in harness.groups_of([(8, 1)] * 4, config.vocab_size)]
+assert ppo.ours(path, prompts, 2)["update"] > 0 < ppo.generate(path, prompts, 2)["seconds"]
+print("ALL RAN")
+""")
+    assert "ALL RAN" in done.stdout
 
 
 def test_tables_are_of_this_code_and_fit():
