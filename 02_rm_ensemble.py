@@ -80,7 +80,7 @@ def train_member(args, m, tokenizer, train, valid, sft):
 
 def train_members(args, data, sft, members):
     """Set this process up, and train these members one after another."""
-    common.setup(args)
+    common.setup(args, one_thread=True)
     tokenizer = common.load_tokenizer(sft)
     _, train = common.encode_pairs(tokenizer, common.read_jsonl(data / "train.jsonl"), args.run)
     _, valid = common.encode_pairs(tokenizer, common.read_jsonl(data / "valid.jsonl"), args.run)

@@ -148,7 +148,7 @@ def directory_name(method, given):
 def train_methods(args, train, valid, gold, sft, methods):
     """Set this process up, and train these methods one after another, each on its relabelled
     pairs (sections 2.4, 2.5)."""
-    common.setup(args)
+    common.setup(args, one_thread=True)
     tokenizer = common.load_tokenizer(sft)
     _, gold = common.encode_pairs(tokenizer, gold, args.run)
     given = {k: getattr(args, k) for k in SWITCHES if getattr(args, k) is not None}

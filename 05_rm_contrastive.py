@@ -223,7 +223,7 @@ def write_features(run, models, valid, tokenizer):
 
 def train_methods(args, strength, like, sft, methods):
     """Set this process up, and train these methods one after another on the pairs of stage 04."""
-    common.setup(args)
+    common.setup(args, one_thread=True)
     args.hparams["like"] = args.like
     tokenizer = common.load_tokenizer(sft)
     _, train = common.encode_pairs(tokenizer, common.read_jsonl(like / "train.jsonl"), args.run)

@@ -216,9 +216,8 @@ def sample_meta(args, policy_dir, rows, run, tokenizer):
     groups, the meta data set S; samples.jsonl keeps their texts and the ids, which train."""
     count = min(args.meta_prompts, 16 * (args.limit or args.meta_prompts), len(rows))
     rows = random.Random(f"{args.seed} {args.round}").sample(rows, count)
-    path = run.dir / "samples.jsonl"
-    groups = common.encode(tokenizer, rows, [], args.run)
-    if run.done:  # sampled before this process was started again
+    path, groups = run.dir / "samples.jsonl", common.encode(tokenizer, rows, [], args.run)
+    if run.checkpoint:  # sampled before this process was started again
         responses = [row["response_ids"] for row in common.read_jsonl(path)]
     else:
         if args.precision == "autocast":  # fp32 is for the meta step; sampling fits 80 GB in bf16
@@ -231,6 +230,7 @@ def sample_meta(args, policy_dir, rows, run, tokenizer):
                 {"id": row["id"], "prompt": row["prompt"], "response_ids": r,
                  "responses": tokenizer.batch_decode(r, skip_special_tokens=True)}
                 for row, r in zip(rows, responses)])
+        common.save_checkpoint(run, 0)  # they are kept, whatever comes
     return [{**g, "responses": common.for_reward(r, tokenizer, args.run)}
             for g, r in zip(groups, responses)]
 
@@ -251,7 +251,7 @@ def main(argv=None, train=train, variant=None):
         for name in ("00_data", "01_sft", "03_strength", "04_rm_denoise/baseline"))
     source = "01_sft" if r == 1 and args.first_samples == "sft" else f"06_ppo/round_{r - 1}"
     policy = common.require(args, source, f"python 06_ppo.py --round {r - 1}")
-    common.setup(args)
+    common.setup(args, one_thread=True)
     for size in (args.batch_size, args.meta_batch_size):
         common.micro_size(size, args.micro_batch_size)  # refused before the long sampling
     args.hparams |= {"variant": variant} if variant else {}

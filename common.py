@@ -13,8 +13,8 @@ from functools import partial
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
     TRAINING, barrier, begin, device, die, finished, free, from_rank_0, gather_rows, inference,
     initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl, require,
-    replace_attention, save_stock, set_seed, setup, side_by_side, subset, user_files, world_size,
-    write_jsonl, write_text)
+    replace_attention, save_checkpoint, save_stock, set_seed, setup, side_by_side, subset,
+    user_files, world_size, write_jsonl, write_text)
 
 import torch
 import torch.nn.functional as F

@@ -64,8 +64,15 @@ def set_seed(seed):
     torch.manual_seed(seed)
 
 
-def setup(args):
-    """Join the process group (also under plain `python`), share the cores between ranks, seed."""
+def embedded(args):
+    """Whether the model is the embedded one at its own preset, in one process on a CPU."""
+    return args.run.get("model") == "tiny" and args.preset == "toy" and world_size() == 1 and \
+        device().type == "cpu"
+
+
+def setup(args, one_thread=False):
+    """Join the process group (also under plain `python`), share the cores between ranks, seed.
+    one_thread: the embedded model takes one, so that its weights do not depend on the cores."""
     import logging
     from importlib.util import find_spec
     gc.disable()
@@ -88,7 +95,8 @@ def setup(args):
     else:
         sizes = map(os.environ.get, ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))  # DeepSpeed's, torchrun's
         local = int(next(filter(None, sizes), world_size()))
-        torch.set_num_threads(getattr(args, "threads", None) or max(1, cores() // local))
+        one = one_thread and embedded(args)
+        torch.set_num_threads(1 if one else max(1, cores() // local))
     # the one operator that DeepSpeed would compile here serves inference only; compiling it needs
     # a C++ compiler, and a process killed meanwhile leaves a lock that all others wait for
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

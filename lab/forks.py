@@ -20,10 +20,7 @@ def side_by_side(args, names, train, launch):
     cores; under Linux forked processes, one a core, share the names out, but not where a process
     has trained before (lab/experiments.py). All others are trained by this process, or by those of
     DeepSpeed's launcher, one after another."""
-    names = list(dict.fromkeys(names))
-    single = args.run.get("model") == "tiny" and args.preset == "toy" and \
-        base.device().type == "cpu" and base.world_size() == 1
-    args.threads = 1 if single else None  # for `setup`
+    names, single = list(dict.fromkeys(names)), base.embedded(args)
     safe = sys.platform == "linux" and threading.active_count() == 1 and not dist.is_initialized()
     lanes, children = min(base.cores(), len(names), MOST) if single and safe else 1, []
     if lanes > 1:

@@ -48,6 +48,7 @@ FLAGS = {  # name: what add_argument takes
     "both_orders": {"action": "store_true", "default": None, "help": "ask twice, the responses "
                     "changed over; another answer is a tie"}}
 TRIES, RETRIES, TIMEOUT = 3, 6, 600  # of a reply without a verdict; of a request that fails; s
+REFUSED, NO_ANSWER = "(refused: ", "(no answer: "  # in the place of a reply
 REFUSALS = {400, 403, 413, 422}  # of a question: its length, what a filter holds back
 ALSO_TURNED = 10  # without --both_orders every tenth item is asked twice, to count position flips
 QUESTIONS = {  # by what the task's name contains
@@ -332,7 +333,8 @@ def ask_server(args, todo, keep, marks, before):
     is no answer, stops the stage."""
     import openai
     key, lock = os.environ.get("OPENAI_API_KEY"), threading.Lock()
-    count, again = {"sent": len(before), "answers": len(before), "without": 0}, []
+    answers = [row for row in before if not row["reply"].startswith((REFUSED, NO_ANSWER))]
+    count, again = {"sent": len(before), "answers": len(answers), "without": 0}, []
     server = openai.OpenAI(base_url=args.judge, api_key=key or "none", timeout=TIMEOUT,
                            max_retries=RETRIES)
 
@@ -358,11 +360,11 @@ def ask_server(args, todo, keep, marks, before):
                     raise
                 if not count["answers"]:  # it may be the server
                     again.append(ask)
-                return keep(ask, f"(refused: {error.status_code})", "none", 0,
+                return keep(ask, f"{REFUSED}{error.status_code})", "none", 0,
                             final=bool(count["answers"]))
             except (openai.APIResponseValidationError, ValueError, AttributeError, TypeError,
                     IndexError) as error:
-                reply = f"(no answer: {type(error).__name__})"
+                reply = f"{NO_ANSWER}{type(error).__name__})"
                 count["without"] += 1
                 if not count["answers"] and count["without"] >= TRIES:
                     raise ConnectionError(f"no chat completion is in what it sends: "

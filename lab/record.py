@@ -300,7 +300,7 @@ def clean_up():
                 shutil.rmtree(stage.out)
 
 
-launch = partial(base.launch, clean_up=clean_up)
+launch, save_checkpoint = partial(base.launch, clean_up=clean_up), checkpoint.save
 side_by_side = partial(forks.side_by_side, launch=launch)
 
 

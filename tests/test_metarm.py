@@ -2,12 +2,13 @@
 processes."""
 import hashlib
 import json
+import sys
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import deepspeed, python_stages
+from conftest import deepspeed, python_stages, run
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -125,10 +126,21 @@ def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
 
 
 def test_eta_zero_is_the_baseline_bit_for_bit(run_copy):
-    """With eta = 0 the meta step is made, cleared and undone, and nothing of it is left."""
-    python_stages([
-        "07_metarm", "--out", run_copy, "--round", 1, "--limit", STEPS, "--eta", 0,
-        "--meta_prompts", 40])
+    """With eta = 0 the meta step is made, cleared and undone, and nothing of it is left; nor of an
+    error before the first step, after which the samples are not drawn again."""
+    flags = ["--out", run_copy, "--round", 1, "--limit", STEPS, "--eta", 0, "--meta_prompts", 40]
+    done = run(sys.executable, "-c", f"""
+import importlib, sys, common
+def train(*_):
+    raise MemoryError("no room")
+sys.argv = ["07_metarm.py"]
+common.launch(lambda: importlib.import_module("07_metarm").main({[*map(str, flags)]}, train))
+""", check=False)
+    assert done.returncode == 2 and "no room" in done.stdout
+    drawn = (run_copy / "07_metarm/round_1.partial/samples.jsonl").stat()
+    run(sys.executable, "07_metarm.py", *flags, processes=2)  # on all cores
+    assert (run_copy / "07_metarm/round_1/samples.jsonl").stat().st_mtime_ns == drawn.st_mtime_ns
+    assert not list((run_copy / "07_metarm/round_1").glob("checkpoint*"))
     files = [
         run_copy / d / "model.safetensors" for d in ("07_metarm/round_1", "04_rm_denoise/baseline")]
     digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
