@@ -325,21 +325,38 @@ def check_server(args):
         common.die("--judge http://...: pip install openai (requirements.txt has the version)")
 
 
+def complaint(args, error, key):
+    """What is wrong with a server, in words that hold no key."""
+    status, said = getattr(error, "status_code", None), getattr(error, "body", None)
+    said = str(said.get("message", "") if isinstance(said, dict) else "").replace(
+        key or "\0", "***").partition("\n")[0][:100]
+    return {401: "refuses the key in OPENAI_API_KEY (401)", 404: "knows no model "
+            f"{args.judge_model} (404), or its address is another, one in /v1 say"}.get(
+        status, f"answers {status} ({said})" if status else f"does not answer ({error})")
+
+
+def request(server, model, text, n):
+    """(reply, tokens) of the n-th request of a question: the same again would say the same."""
+    answer = server.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": text}], max_tokens=512,
+        temperature=0.0 if n == 1 else 0.7)
+    return answer.choices[0].message.content or "", getattr(answer.usage, "total_tokens", 0) or 0
+
+
 def ask_server(args, todo, keep, marks, before):
     """Ask a server, several requests at once, --judge_limit in all with the replies of `before`,
     and yield at least once a minute. The client waits and retries by itself after 429, 5xx,
-    time-outs and broken connections, as Retry-After says. A question that is refused (its length,
-    its content) has no verdict; a server that refuses the first TRIES, or sends as many times what
-    is no answer, stops the stage."""
+    time-outs and broken connections, as Retry-After says. A question that is refused has no
+    verdict; a server that refuses the first TRIES, or sends no answer as often, stops the stage."""
     import openai
     key, lock = os.environ.get("OPENAI_API_KEY"), threading.Lock()
     answers = [row for row in before if not row["reply"].startswith((REFUSED, NO_ANSWER))]
     count, again = {"sent": len(before), "answers": len(answers), "without": 0}, []
-    server = openai.OpenAI(base_url=args.judge, api_key=key or "none", timeout=TIMEOUT,
+    server = openai.OpenAI(api_key=key or "none", base_url=args.judge, timeout=TIMEOUT,
                            max_retries=RETRIES)
 
     def one(ask):
-        messages = [{"role": "user", "content": question(*ask, REASON, marks)}]
+        text = question(*ask, REASON, marks)
         for n in range(1, TRIES + 1):
             with lock:
                 if args.judge_limit and count["sent"] >= args.judge_limit:
@@ -347,28 +364,21 @@ def ask_server(args, todo, keep, marks, before):
                 count["sent"] += 1
             tokens = 0
             try:
-                answer = server.chat.completions.create(  # the same again would say the same
-                    model=args.judge_model, messages=messages, max_tokens=512,
-                    temperature=0.0 if n == 1 else 0.7)
-                tokens = getattr(answer.usage, "total_tokens", None) or 0
-                reply = answer.choices[0].message.content or ""
+                reply, tokens = request(server, args.judge_model, text, n)
                 count["answers"] += 1
             except openai.APIStatusError as error:
                 count["without"] += 1
-                if error.status_code not in REFUSALS or \
-                        not count["answers"] and count["without"] >= TRIES:
+                known = bool(count["answers"])  # else it may be the server
+                if error.status_code not in REFUSALS or not known and count["without"] >= TRIES:
                     raise
-                if not count["answers"]:  # it may be the server
-                    again.append(ask)
-                return keep(ask, f"{REFUSED}{error.status_code})", "none", 0,
-                            final=bool(count["answers"]))
+                known or again.append(ask)
+                return keep(ask, f"{REFUSED}{error.status_code})", "none", 0, final=known)
             except (openai.APIResponseValidationError, ValueError, AttributeError, TypeError,
                     IndexError) as error:
                 reply = f"{NO_ANSWER}{type(error).__name__})"
                 count["without"] += 1
                 if not count["answers"] and count["without"] >= TRIES:
-                    raise ConnectionError(f"no chat completion is in what it sends: "
-                                          f"{type(error).__name__}") from None
+                    raise ConnectionError(f"what it sends is no chat completion: {error!r:.99}")
             verdict = read_verdict(reply)
             keep(ask, reply.replace(key, "***") if key else reply, verdict, tokens,
                  final := verdict != "none" or n == TRIES)
@@ -388,14 +398,8 @@ def ask_server(args, todo, keep, marks, before):
                 yield len(waiting)
             bar.close()
         except (openai.APIError, ConnectionError) as error:
-            status, said = getattr(error, "status_code", None), getattr(error, "body", None)
-            said = str(said.get("message", "") if isinstance(said, dict) else "").replace(
-                key or "\0", "***").partition("\n")[0][:100]
-            why = {401: "refuses the key in OPENAI_API_KEY (401)", 404: "knows no model "
-                   f"{args.judge_model} (404), or its address is another, one in /v1 say"}.get(
-                status, f"answers {status} ({said})" if status else f"does not answer ({error})")
-            common.die(f"the judge at {args.judge} {why}; its verdicts so far are kept, the same "
-                       "command goes on from there")
+            common.die(f"the judge at {args.judge} {complaint(args, error, key)}; its verdicts so "
+                       "far are kept, the same command goes on from there")
         finally:
             for future in asked:
                 future.cancel()
