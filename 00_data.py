@@ -8,7 +8,8 @@ stages read what is written here:
     gold.jsonl               such pairs labelled by the truth (embedded world only)
     sft.jsonl                {"id", "prompt", "response"}
     prompts.jsonl            {"id", "prompt", "task"}: PPO's, each prompt once
-    eval_TASK.jsonl ood_TASK.jsonl   {"id", "prompt", "task"}: prompts for stage 08
+    eval_TASK.jsonl ood_TASK.jsonl   {"id", "prompt", "task"}: prompts for stage 08, of every task,
+                             or of all as one (general) where there are more than 30
 
 Texts are as the model reads them. Where --model has a chat template, prompt + response + the `end`
 of run.json is what the template writes for the whole dialogue (a template that asks for the date is

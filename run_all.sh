@@ -15,7 +15,7 @@
 #   --preset NAME      paper, small or toy hyperparameters (default: toy for tiny, else small)
 #   --preferences S…   --sft S…   --prompts S…    files, hub ids, toy (00_data.py --help)
 #   --rounds R         MetaRM rounds (default: 3, 4 in paper, 1 with --limit)
-#   --M N  --folds K   N models vote (10), none on pairs that it trained on; --texts: clean shows
+#   --M N  --folds K   N models vote (10), none on what it trained on; --texts: shown by clean
 #   --seed N           random seed (default: 0); experiments: --seeds N, for 0 to N-1
 #   --limit N          smoke run: at most N steps in every loop, 64*N rows to train on
 #   --gpus N           processes (default: all GPUs, or one on a CPU); --hostfile F: machines
@@ -74,10 +74,10 @@ launcher=(deepspeed --master_port $port ${gpus:+--num_gpus "$gpus"} ${hostfile:+
   { launcher=(python); export DS_ACCELERATOR=cpu; }
 stopping='' child=
 stop() {  # to the processes of the stage, not to the launcher, which would kill them after 30 s
-  local s=${stopping:-TERM} && stopping=INT  # the second time it does not wait for the step's end
+  local s=TERM; [ -z "$stopping" ] || s=$1; stopping=1  # a second Ctrl-C waits for no step's end
   pkill -$s -g "$child" -f '^[^ ]*python[0-9.]* (-u )?[^ -][^ ]*\.py( |$)' || kill -$s "$child"
 }
-trap stop TERM INT
+trap 'stop TERM' TERM; trap 'stop INT' INT
 launch() {  # a command in a group of its own, so that Ctrl-C reaches its stage through `stop` only
   local result=0
   set -m; "$@" 9>&- & child=$!; set +m

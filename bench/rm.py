@@ -160,7 +160,8 @@ def main():
                      and r.get("share") == row.get("share") and r.get("K") == row.get("K")), None)
         if base and "seconds" in base and "seconds" in row:
             row["times_trl"] = row["pairs_per_s"] / base["pairs_per_s"]
-    harness.report("rm", rows, [*columns, "times_trl"], args.out, pairs=args.pairs)
+    harness.report("rm_sweep" if args.sweep else "rm", rows, [*columns, "times_trl"], args.out,
+                   pairs=args.pairs)
 
 
 if __name__ == "__main__":

@@ -380,8 +380,9 @@ def as_arrays(data):
 
 
 def ledger(collected):
-    """CLAIMS with their value for each seed that has what they are measured on, mean, interval and
-    verdict. collected: {figure: {run: data}}."""
+    """CLAIMS with their value for each seed that has what they are measured on, mean (of the least
+    of several the least mean, not the mean of each seed's least), interval and verdict. collected:
+    {figure: {run: data}}."""
     runs, out = {}, []
     for name, data in collected.items():
         for run, values in data.items():

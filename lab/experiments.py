@@ -13,7 +13,6 @@ preferences, so its ensemble has two models only.
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import sys
 from importlib import import_module

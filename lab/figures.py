@@ -9,6 +9,7 @@ pairs and prompts, so that the ledger can draw its intervals), and a function (d
 """
 import math
 import re
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 import common
 from lab.base import read_json, read_jsonl
 
-matplotlib.use("Agg")  # without a display
+if "matplotlib.pyplot" not in sys.modules:  # else a notebook has chosen how it draws
+    matplotlib.use("Agg")  # without a display
 import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = ["baseline", "flip", "margin", "flip_margin", "soft_margin"]  # of stage 04
@@ -541,6 +543,7 @@ def draw_20(seeds):
         {"lines": {side: (steps, [d[side] for d in seeds]) for side in sides},
          "ylabel": "mean reward, validation pairs", **axes},
         {"lines": {"gap": (steps, [np.subtract(d["chosen"], d["rejected"]) for d in seeds])},
+         "style": {"gap": {"color": OKABE_ITO[2]}},  # one legend for both panels
          "ylabel": "mean reward, chosen minus rejected", **axes}])
     ends = [[np.mean(d["epoch_end"][e], 0) for d in seeds] for e in range(3)]      # [2] each
     return figure, [["end of epoch", *sides, "gap"]] + [
@@ -606,8 +609,8 @@ def draw_ppo(seeds):
 
 
 def pooled(seeds, opponents, kinds=("eval_", "ood_"), policies=None):
-    """Comparisons of stage 08 over all seeds: rows (set, policy, opponent, win, tie, lose in %,
-    prompts). `policies` None: of the best round, which may be another in each seed."""
+    """Comparisons of stage 08 over all seeds: rows (set, policy, opponent, win, tie, lose in %, not
+    rounded, prompts). `policies` None: of the best round, which may be another in each seed."""
     found = {}
     for row in [row for d in seeds for row in d]:
         if row["set"].startswith(kinds) and row["opponent"] in opponents and (
@@ -617,10 +620,13 @@ def pooled(seeds, opponents, kinds=("eval_", "ood_"), policies=None):
     table = [["set", "policy", "opponent", "win %", "tie %", "lose %", "prompts"]]
     for (name, opponent, _), same in found.items():
         n = sum(row["n"] for row in same)
-        shares = [sum(row[k] * row["n"] for row in same) / n for k in ("win", "tie", "lose")]
-        table.append([name, ", ".join(dict.fromkeys(row["policy"] for row in same)), opponent,
-                      *(f"{100 * x:.0f}" for x in shares), n])
+        table.append([name, ", ".join(dict.fromkeys(row["policy"] for row in same)), opponent, *(
+            100 * sum(row[k] * row["n"] for row in same) / n for k in ("win", "tie", "lose")), n])
     return table
+
+
+def rounded(table):
+    return [[f"{x:.0f}" if isinstance(x, float) else x for x in row] for row in table]
 
 
 def draw_wins(opponents, kinds=("eval_",), policies=None):
@@ -637,12 +643,12 @@ def draw_wins(opponents, kinds=("eval_",), policies=None):
         for axis, panel in zip(figure.axes, panels):
             left = np.zeros(len(shown[panel]))
             for k, colour in ((3, OKABE_ITO[2]), (4, "#bbbbbb"), (5, OKABE_ITO[3])):
-                width = np.array([float(row[k]) for row in shown[panel]])
+                width = np.array([row[k] for row in shown[panel]])
                 axis.barh([label(row[1]) for row in shown[panel]], width, left=left, color=colour,
                           label="_" * (panel != panels[0]) + table[0][k].removesuffix(" %"))
                 left += width
         figure.legend(loc="outside right center", fontsize=8)
-        return figure, table
+        return figure, rounded(table)
     return draw
 
 
@@ -754,8 +760,8 @@ def draw_variants(seeds, within=0.01):
     wins = pooled([d["comparisons"] for d in seeds], ("round_0",), ("eval_",), list(names))[1:]
     sets = {row[0] for row in wins if row[1] in VARIANTS}  # not the summary task's, which has none
     return show(panels, width=3.6), table + [
-        [f"PPO under {names[r[1]]} against round 0, {r[0]}", f"win {r[3]} %", f"lose {r[5]} %",
-         f"win minus lose {int(r[3]) - int(r[5])}"] for r in wins if r[0] in sets]
+        [f"PPO under {names[r[1]]} against round 0, {r[0]}", f"win {r[3]:.0f} %",
+         f"lose {r[5]:.0f} %", f"win minus lose {r[3] - r[5]:.0f}"] for r in wins if r[0] in sets]
 
 
 def draw_overoptimised(seeds):
@@ -826,7 +832,7 @@ def draw_table_2(seeds):
 
 
 def draw_table_3(seeds):
-    return None, pooled(seeds, ("sft", "round_0"), ("eval_",))
+    return None, rounded(pooled(seeds, ("sft", "round_0"), ("eval_",)))
 
 
 def draw_texts(seeds):

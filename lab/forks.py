@@ -46,7 +46,7 @@ def side_by_side(args, names, train, launch):
         raise
     finally:
         codes = wait_for(children) if children else []
-    if set(codes) - {0, base.STOPPED}:
+    if set(codes) - {0, base.STOPPED, 130}:  # Ctrl-C
         raise RuntimeError("a process beside this one failed (its error is above) or was killed")
     if any(codes):
         sys.exit(base.STOPPED)

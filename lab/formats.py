@@ -158,6 +158,10 @@ def is_texts(value):
     return isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value)
 
 
+def is_blank(value):
+    return value == [] or isinstance(value, str) and not value.strip()
+
+
 def only_text(value):
     """The text in the literal of a list of one, or None."""
     found = literal(value) if re.match(r"""\s*\[\s*["']""", value) else None
@@ -174,7 +178,7 @@ def take_history(row, style, whole=False):
     """Take the columns of a prompt out of the row → messages, or a text that is templated, or None
     where there are none. An empty one is none beside another, or beside `whole` dialogues."""
     names = [k for k in (*PROMPTS, "input") if k in row]
-    blank = [k for k in names if isinstance(row[k], str) and not row[k].strip()]
+    blank = [k for k in names if is_blank(row[k])]
     for name in blank if whole or len(blank) < len(names) else ():
         names.remove(name), row.pop(name)
     info = row.get("info")
@@ -258,8 +262,8 @@ def prompt_messages(text):
     """A prompt's text → messages: HH turns, where an assistant's that is only opened is none, or
     one turn of the user's, which may quote some."""
     out = transcript(text) if is_transcript(text) else []
-    quoted = out[-1:] and out[-1]["role"] == "assistant" and out[-1]["content"] and \
-        not re.match(r"\s*(Human|User|Assistant):", text)
+    quoted = out[-1:] and out[-1]["role"] == "assistant" and "\n\n" in out[-1]["content"] and \
+        not re.match(r"\s*(Human|User|Assistant):", text)  # it goes on behind the dialogue
     if not out or quoted:
         return [{"role": "user", "content": text}]
     return out[:-1] if out[-1]["role"] == "assistant" and not out[-1]["content"] else out
@@ -333,8 +337,9 @@ def take_sides(row):
     if missing and "label" in row:
         raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
                   "needed")
+    names = sorted(k for k in row if re.fullmatch(r"\w{1,30}", str(k)))  # others may be contents
     raise Bad(f"column `{missing}` is missing, and no other form fits the columns "
-              f"{', '.join(sorted(map(str, row)))[:150]} (00_data.py --help lists them)" if missing
+              f"{', '.join(names)[:150]} (00_data.py --help lists them)" if missing
               else f"`chosen` is {type(row['chosen']).__name__}, not text")
 
 
@@ -625,9 +630,9 @@ def present(row):
     which beside another response is an empty one."""
     there = type(row)({SPELLINGS.get(k, k): v for k, v in row.items() if v is not None and (
         v == v or SPELLINGS.get(k, k) in (*NUMBERS, LABEL))})
-    for a, b in (*CHOSEN_OF_TWO, *PAIRS[:3]):
+    for a, b in (*CHOSEN_OF_TWO, *PAIRS):
         if {a, b} <= row.keys() and (a in there) != (b in there):
-            there |= {name: "" for name in (a, b) if name not in there}
+            there |= {name: "" for name in (a, b) if name not in (*there, "messages", "response")}
     return there
 
 
@@ -636,7 +641,7 @@ def in_one_form(row, style):
     prompt without them a response has such marks as its own, unless it repeats the prompt."""
     if style.form == "none":
         return row
-    asked = [row[k] for k in (*PROMPTS, "input") if k in row]
+    asked = [row[k] for k in (*PROMPTS, "input", "history") if not is_blank(row.get(k, ""))]
     marked = not asked or any(isinstance(v, str) and reworded(v) != v for v in asked)
 
     def one(text):
@@ -731,13 +736,15 @@ def as_came(row, style, spoken=False):
     as_it_is = present(row)
     row = in_one_form(as_it_is, style)
     texts = [v for v in (row.get("chosen"), row.get("rejected")) if isinstance(v, str)]
-    whole = not {*PROMPTS, "input", "info", "system", "system_prompt", "history"} & row.keys()
+    whole = all(is_blank(row.get(k, "")) for k in (
+        *PROMPTS, "input", "info", "system", "system_prompt", "history"))
     if style.form == "none":
         prompt, sides = write_none(row, ("chosen", "rejected"), style)
         return dict(zip(("chosen", "rejected"), texts)) if whole else {
             "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
-    tools, given = take_tools(row, style), next((row[k] for k in PROMPTS if k in row), None)
-    changed, raw = row != as_it_is, next((as_it_is[k] for k in PROMPTS if k in as_it_is), None)
+    tools, changed = take_tools(row, style), row != as_it_is
+    given, raw = (next((r[k] for k in PROMPTS if not is_blank(r.get(k, ""))), None)
+                  for r in (row, as_it_is))
     before, answers, came = divide(row, style)
     want, made = write(style, before, answers, tools), []
     if changed and not spoken and not tools:  # marks in words, as they came
@@ -793,8 +800,8 @@ def read_sft(row, style):
     tools, spoken = take_tools(row, style), set(PROMPTS[4:]) & row.keys()
     value = without_prompt(row, [row.pop(names[0])], style)[0] if names else None
     whole = next((k for k in PROMPTS[4:] if isinstance(parsed(row.get(k)), list)), None)
-    history = take_history(row, style) if names or not whole else with_columns(  # `prompt` beside
-        row, messages(parsed(row.pop(whole)), whole), style)                 # it is its first turn
+    history = take_history(row, style, is_dialogue(value)) if names or not whole else with_columns(
+        row, messages(parsed(row.pop(whole)), whole), style)  # `prompt` beside is its first turn
     if spoken and isinstance(history, list) and (value is None
                                                  or history[-1]["role"] == "assistant"):
         before, answer = split_last(history)  # `answer` beside it may be a short form
@@ -817,9 +824,10 @@ def read_prompt(row, style):
         take_tools(row, style)
         row["response"] = "-"
         return {"prompt": write_none(row, ["response"], style)[0]}
-    tools, history = take_tools(row, style), take_history(row, style)
+    names = next((two for two in (*CHOSEN_OF_TWO, *PAIRS) if set(two) <= row.keys()), None)
+    tools = take_tools(row, style)
+    history = take_history(row, style, names and is_dialogue(row[names[0]]))
     if history is None:
-        names = next((two for two in (*CHOSEN_OF_TWO, *PAIRS) if set(two) <= row.keys()), None)
         if names is None:
             raise Bad(f"no column of a prompt ({', '.join(PROMPTS)}) and no pair that holds one")
         history, _ = read_side(parsed([row.pop(name) for name in names][0]), None, names[0])

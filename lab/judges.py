@@ -48,6 +48,7 @@ FLAGS = {  # name: what add_argument takes
     "both_orders": {"action": "store_true", "default": None, "help": "ask twice, the responses "
                     "changed over; another answer is a tie"}}
 TRIES, RETRIES, TIMEOUT = 3, 6, 600  # of a reply without a verdict; of a request that fails; s
+IN_A_ROW = 10  # requests without an answer after others had one
 REFUSED, NO_ANSWER = "(refused: ", "(no answer: "  # in the place of a reply
 REFUSALS = {400, 403, 413, 422}  # of a question: its length, what a filter holds back
 ALSO_TURNED = 10  # without --both_orders every tenth item is asked twice, to count position flips
@@ -346,8 +347,8 @@ def request(server, model, text, n):
 def ask_server(args, todo, keep, marks, before):
     """Ask a server, several requests at once, --judge_limit in all with the replies of `before`,
     and yield at least once a minute. The client waits and retries by itself after 429, 5xx,
-    time-outs and broken connections, as Retry-After says. A question that is refused has no
-    verdict; a server that refuses the first TRIES, or sends no answer as often, stops the stage."""
+    time-outs and broken connections, as Retry-After says. A question that is refused twice has no
+    verdict; a server without an answer to TRIES at first, IN_A_ROW later, stops the stage."""
     import openai
     key, lock = os.environ.get("OPENAI_API_KEY"), threading.Lock()
     answers = [row for row in before if not row["reply"].startswith((REFUSED, NO_ANSWER))]
@@ -355,7 +356,11 @@ def ask_server(args, todo, keep, marks, before):
     server = openai.OpenAI(api_key=key or "none", base_url=args.judge, timeout=TIMEOUT,
                            max_retries=RETRIES)
 
-    def one(ask):
+    def fails(last):  # is it the server?
+        count["without"] += 1
+        return not last and count["without"] >= (IN_A_ROW if count["answers"] else TRIES)
+
+    def one(ask, last=False):
         text = question(*ask, REASON, marks)
         for n in range(1, TRIES + 1):
             with lock:
@@ -365,20 +370,17 @@ def ask_server(args, todo, keep, marks, before):
             tokens = 0
             try:
                 reply, tokens = request(server, args.judge_model, text, n)
-                count["answers"] += 1
+                count["answers"], count["without"] = count["answers"] + 1, 0
             except openai.APIStatusError as error:
-                count["without"] += 1
-                known = bool(count["answers"])  # else it may be the server
-                if error.status_code not in REFUSALS or not known and count["without"] >= TRIES:
+                if error.status_code not in REFUSALS or fails(last):
                     raise
-                known or again.append(ask)
-                return keep(ask, f"{REFUSED}{error.status_code})", "none", 0, final=known)
+                last or again.append(ask)
+                return keep(ask, f"{REFUSED}{error.status_code})", "none", 0, final=last)
             except (openai.APIResponseValidationError, ValueError, AttributeError, TypeError,
                     IndexError) as error:
-                reply = f"{NO_ANSWER}{type(error).__name__})"
-                count["without"] += 1
-                if not count["answers"] and count["without"] >= TRIES:
+                if fails(last):
                     raise ConnectionError(f"what it sends is no chat completion: {error!r:.99}")
+                reply = f"{NO_ANSWER}{type(error).__name__})"
             verdict = read_verdict(reply)
             keep(ask, reply.replace(key, "***") if key else reply, verdict, tokens,
                  final := verdict != "none" or n == TRIES)
@@ -392,9 +394,8 @@ def ask_server(args, todo, keep, marks, before):
                 done, waiting = concurrent.futures.wait(
                     waiting, 60, concurrent.futures.FIRST_COMPLETED)
                 bar.update(len([future.result() for future in done]))
-                while again and count["answers"]:
-                    asked.append(pool.submit(one, again.pop()))
-                    waiting.add(asked[-1])
+                if not waiting and count["answers"]:  # for the last time
+                    waiting = {pool.submit(one, again.pop(), True) for _ in range(len(again))}
                 yield len(waiting)
             bar.close()
         except (openai.APIError, ConnectionError) as error:

@@ -23,7 +23,7 @@ from lab import experiments, judges  # noqa: E402
 
 import torch  # noqa: E402
 
-MOST, loaded = 500, {}  # training pairs that tell a reward model's scale; {out: its ensemble}
+MOST, loaded = 500, {}  # training pairs that tell a reward model's scale; what `ensemble` gave
 
 
 def gold(groups, args, tokenizer):
@@ -46,10 +46,10 @@ def mean_std(groups, args, tokenizer):
 
 def votes(groups, args, tokenizer):
     """Standardised rewards under each model of the ensemble, [M, B, K]."""
-    if args.out not in loaded:
-        loaded[args.out] = ensemble(args, tokenizer)
+    key = args.out, args.seed, args.precision
+    loaded[key] = loaded.get(key) or ensemble(args, tokenizer)
     batch = common.collate(groups, tokenizer.pad_token_id, "separate")
-    return torch.stack([(model(batch)[0] - c) / s for model, c, s in loaded[args.out]])
+    return torch.stack([(model(batch)[0] - c) / s for model, c, s in loaded[key]])
 
 
 def ensemble(args, tokenizer):

@@ -49,6 +49,7 @@ TRAINING = {
     "gradient_checkpointing": (True, False, False, "recompute activations in the backward pass"),
     "save_every": (200, 50, 25, "steps between checkpoints, from which the same command goes on"),
 }
+FREE = ("save_every", "micro_batch_size", "eval_batch_size", "zero", "gradient_checkpointing")
 asked_to_stop, open_stages = {}, []
 
 
@@ -173,7 +174,8 @@ class Stage:
                 return None, None
             log(f"{self.final} was made otherwise ({'; '.join(different)}): it is trained again")
         found = {} if args.restart else checkpoint.newest(self.dir)
-        if found and (different := differences(found["settings"], settings)):
+        free = FREE if found.get("step") == 0 else FREE[:1]  # what a checkpoint does not depend on
+        if found and (different := differences(found["settings"], settings, free)):
             die(f"{self.dir} holds step {found['step']} of a command that differs in "
                 f"{'; '.join(different)}: give the same again, or --restart to begin anew")
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -182,8 +184,7 @@ class Stage:
                                               found["folder"]) and EVENTS not in path.name:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.metrics_file = open(self.dir / "metrics.jsonl", "a+", encoding="utf-8")
-        self.metrics_file.truncate(found.get("metrics_bytes", 0))
-        self.metrics_file.seek(0, os.SEEK_END)  # which a checkpoint before the next line asks for
+        self.metrics_file.seek(self.metrics_file.truncate(found.get("metrics_bytes", 0)))
         self.add_events = base.event_writer(args, self.dir, found.get("step", 0))
         return settings, found
 
@@ -327,7 +328,7 @@ def promote(directory):
     directory.rename(final)
 
 
-def differences(old, new):
+def differences(old, new, free=FREE[:1]):
     """What two `settings` differ in, for people: "--lr (0.001 then, 0.1 now)"."""
     out = []
     for key, b in sorted(new.items()):
@@ -336,15 +337,14 @@ def differences(old, new):
             hyper = key == "hyperparameters"
             out += [f"--{k} ({a.get(k)} then, {b.get(k)} now)" if hyper else f"{k} (changed)"
                     for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
-                    and k != "save_every"]
+                    and k not in free]
         elif a != b:
             out.append(f"{key.replace('_', ' ')} ({a} then, {b} now)")
     return out
 
 
 def ask_to_stop(number, frame):
-    """Signal handler while training: the step in hand is finished first. Ctrl-C after that does not
-    wait."""
+    """Signal handler while training: the step in hand is finished first; Ctrl-C again is not."""
     if number == signal.SIGINT and asked_to_stop:
         raise KeyboardInterrupt
     asked_to_stop[number] = True

@@ -194,6 +194,8 @@ def csv_rows(text):
             row = Cells(row)
             if None in row:
                 row = Bad("more cells than the header has")
+            elif None in row.values():
+                row = Bad("fewer cells than the header has")
             elif delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values() if v):
                 row = Bad("a quote that does not close")
         except csv.Error as problem:
@@ -240,10 +242,10 @@ def json_rows(text):
 
 
 def lines_of_array(text, n, problem):
-    """Rows of an array that is not JSON: those that stand on a line each, or else its fault."""
+    """Rows of an array that is not JSON: objects that stand on a line each, or else its fault."""
     rows = [(k, parse_line(row)) for k, line in enumerate(text.split("\n"), n) if (
         row := line.strip().removeprefix("[").removesuffix("]").removesuffix(",").strip())]
-    if 2 * sum(isinstance(row, Bad) for _, row in rows) < len(rows):
+    if 2 * sum(isinstance(row, dict) for _, row in rows) > len(rows):
         yield from rows
     else:
         yield n - 1 + getattr(problem, "line", 1), problem if isinstance(problem, Bad) else Bad(

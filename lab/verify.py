@@ -16,6 +16,7 @@ from pathlib import Path
 from lab.base import EVENTS, HERE, die, launch, read_json, sha256
 from lab.manifest import finished, head, in_order, other_inputs, read_manifest, recorded_flags
 
+SCRIPT = r"(0\d_\w+|lab/(clean|ppo_reward|best_of_n|metarm_variants))\.py"  # of a stage
 ROOT_FILES = {"run.json", "commands.log", ".lock", ".report_lock", ".run_all.lock"}  # no stage's
 STAGE_DIR = re.compile(r"(clean|0[01389]_[^/]+|0[24567]_\w+/[^/]+)/")
 
@@ -117,14 +118,13 @@ def replay(out, stage):
     if "00_data" not in names:
         shutil.copy(out / "run.json", scratch / "run.json")
     commands = {}  # in order; one command may have made several of the directories
-    for manifest in (manifests[n] for n in in_order(manifests)):
-        if not re.fullmatch(r"(0\d_\w+|lab/\w+)\.py", manifest["script"]):
-            die(f"{manifest['stage']} was made by {manifest['script']}, which is no stage")
-        script = str(HERE / manifest["script"])
-        commands[(manifest["world_size"], script, *recorded_flags(manifest))] = None
+    for m in (manifests[n] for n in in_order(manifests)):
+        if not re.fullmatch(SCRIPT, m["script"]):
+            die(f"{m['stage']} was made by {m['script']}, which is no stage")
+        commands[m["world_size"], HERE / m["script"], *recorded_flags(m)] = None
     for processes, *words in commands:
         command = [*(["deepspeed", "--num_gpus", str(processes)] if processes > 1 else
-                     [sys.executable]), *words, "--out", str(scratch)]
+                     [sys.executable]), *map(str, words), "--out", str(scratch)]
         print(shlex.join(command), flush=True)
         if subprocess.run(command).returncode:
             die(f"the command failed; {scratch} is kept")

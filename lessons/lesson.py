@@ -98,7 +98,7 @@ def check_1b(gradient):
 def check_2a(strength):
     diffs = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     for d in (diffs, diffs[:1]):
-        for mine, right, what in zip(strength(d), stage("03_strength").preference_strength(d),
+        for mine, right, what in zip(strength(d.clone()), stage("03_strength").preference_strength(d),
                                      ("mu_hat", "sigma_hat")):
             if wrong := near(mine, right, f"{what} of {len(d)} voters"):
                 return wrong
@@ -169,7 +169,7 @@ def check_6b(step):
 
     def dL(x):
         return 2 * x - 1
-    return near(step(theta, dL, dJ, alpha, eta), theta - alpha * dL(theta + eta * dJ(theta)),
+    return near(step(theta.clone(), dL, dJ, alpha, eta), theta - alpha * dL(theta + eta * dJ(theta)),
                 "theta after one step")
 
 
@@ -177,8 +177,8 @@ def check_7a(mend):
     row = mend({"question": "Hi", "good": "Hello.", "bad": "What?"})
     from lab import formats
     read = formats.read_row(row, "pairs", formats.style_of("tiny", "auto"), "mine")
-    return None if [read[k].split(": ")[-1].strip() for k in ("prompt", "chosen", "rejected")] == [
-        "Hi\n\nAssistant:", "Hello.", "What?"] else f"stage 00 reads it as {read}"
+    return None if [read[k] for k in ("prompt", "chosen", "rejected")] == [
+        "\n\nHuman: Hi\n\nAssistant:", " Hello.", " What?"] else f"stage 00 reads it as {read}"
 
 
 def check_7b(keep):

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+PORT = 29731 + WORKER
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 if CORES and "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts them
     os.sched_setaffinity(0, {CORES[WORKER % len(CORES)]})
@@ -34,7 +35,7 @@ def run(*command, check=True, processes=1):
 
 def deepspeed(processes, script, *flags):
     """A stage through the real launcher, on a port of this worker's own."""
-    return run("deepspeed", "--num_gpus", processes, "--master_port", 29731 + WORKER, script,
+    return run("deepspeed", "--num_gpus", processes, "--master_port", PORT, script,
                *flags, processes=processes)
 
 

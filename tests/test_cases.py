@@ -315,6 +315,10 @@ ROWS = [
     ("an empty input beside HH's", {"input": " ", "chosen": HH + A, "rejected": HH + B}, HH),
     ("an empty instruction beside an input", {"instruction": "", "input": Q, **AB}, HH),
     ("an empty prompt", {"prompt": "", **AB}, "empty prompt"),
+    ("an empty list beside dialogues", {"prompt": [], **BOTH}, HH),
+    ("HH, system text and an opened answer", {"prompt": f"Be kind.{HH} Sure,", **AB},
+     f"Be kind.{HH} Sure,"),
+    ("a header that is contents", {"Buy a gun, now": Q, "Kill?": A}, "columns  (00_data"),
     ("a prompt that quotes a dialogue", {
         "prompt": f"Here is a chat:{HH} Rayleigh.\n\nSum it up.", **AB},
      f"\n\nHuman: Here is a chat:{HH} Rayleigh.\n\nSum it up.\n\nAssistant:"),
@@ -322,6 +326,8 @@ ROWS = [
     ("one of two is null", {"prompt": Q, "response_a": A, "response_b": None, "winner": "a"},
      "empty response"),
     ("rejected is null", {"prompt": Q, "chosen": A, "rejected": None}, "empty response"),
+    ("ms-swift's is null", {"messages": [user(), says(A)], "rejected_response": None},
+     "empty response"),
     ("rejected is a number", {"prompt": Q, "chosen": A, "rejected": 5}, "neither text"),
     ("a form that is not known", {"prompt": Q, "answers": [{"answer": A, "rank": 1}]},
      "no other form fits the columns answers, prompt"),
@@ -376,7 +382,7 @@ def test_row(why, row, want):
     "Human: is a word", "### Instruction:\nMix.\n\n### Response:\nMixed.", "[1, 2]", "{'a': 1}",
     "User: x"])
 @pytest.mark.parametrize("asked", [{"prompt": Q}, {"prompt": [user()]},
-                                   {"instruction": "", "input": Q}])
+                                   {"instruction": "", "input": Q}, {"history": Q}])
 def test_a_response_is_not_read_as_something_else(chosen, asked):
     """Lists, marks of other templates and messages that an answer shows are its text."""
     style = formats.style_of("tiny")
@@ -414,6 +420,10 @@ def test_a_long_run_of_white_space_takes_no_time():
     ({"prompt": HH, "messages": [user(), says(A)]}, "sft", [HH, f" {A}"]),
     ({"prompt": Q, "messages": [user(), says(A)], "chosen": A}, "prompts", [HH]),
     ({**ARENA, "prompt": f'["{Q}"]'}, "prompts", [HH]),
+    ({"prompt": "", "chosen": HH + A, "rejected": HH + B}, "prompts", [HH]),
+    ({"prompt": "", "chosen": HH + A, "rejected": HH + B}, "sft", [HH, f" {A}"]),
+    ({"prompt": f"Be kind.{TALK}"}, "prompts", [f"Be kind.{TALK}"]),
+    ({"prompt": f"Be kind.{HH} {A}"}, "prompts", [f"Be kind.{HH}"]),
     ({"conversation_a": BOTH["chosen"], "conversation_b": BOTH["rejected"], "winner": "tie"},
      "prompts", [HH])])
 def test_rows_of_other_kinds(row, kind, want):
@@ -532,6 +542,9 @@ def test_a_damaged_array_names_its_line_and_loses_one_row(tmp_path):
     path.write_text(json.dumps(PAIRS, indent=1).replace('"rejected"', "rejected", 1))
     (n, problem), = sources.file_rows(path)
     assert n == 5 and isinstance(problem, sources.Bad)
+    path.write_text(json.dumps([{"turns": ["a", "b"], "scores": [0.5] * 9}], indent=1)[:-4])
+    (n, problem), = sources.file_rows(path)
+    assert isinstance(problem, sources.Bad) and n > 10
 
 
 def test_files_of_a_folder_have_its_tasks_and_ids(tmp_path):
@@ -551,6 +564,7 @@ def test_files_of_a_folder_have_its_tasks_and_ids(tmp_path):
     ("x.jsonl", b"\xff{}\n"), ("x.jsonl.bz2", bz2.compress(LINES.encode())),
     ("x.jsonl.zst", b"no"), ("x.parquet.gz", b"no"), ("x.csv", b"prompt,chosen\n1,2,3\n"),
     ("x/x.jsonl.bz2", bz2.compress(LINES.encode())),
+    ("x.csv", CSV.encode() + b"Q2,A2\n"),
     ("x.csv", CSV.encode() + b'"no end,b,c\n'), ("x.csv", CSV.encode() + b'"a"b,c,d\n')])
 def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, capsys):
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -161,6 +161,8 @@ HH = "\n\nHuman: Hi\n\nAssistant:"
      {"prompt": TALK, "chosen": [YES], "rejected": [NO]}),
     ({"chosen": HH + " Yes.", "rejected": HH + " No."}, None),
     ({"prompt": HH, "chosen": " Yes.", "rejected": " No."}, None),
+    ({"prompt": "", "chosen": HH + " Yes.", "rejected": HH + " No."},
+     {"chosen": HH + " Yes.", "rejected": HH + " No."}),
     ({"prompt": "USER: Hi ASSISTANT:", "chosen": "Yes.", "rejected": "No."}, None),
     ({"prompt": "### Human: Hi### Assistant:", "chosen": " Yes.", "rejected": " No."}, None),
     ({"chosen": "### Instruction:\nHi\n\n### Response:\nYes.",

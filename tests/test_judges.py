@@ -164,14 +164,14 @@ def test_a_server_that_misbehaves(small_run, tmp_path, key, monkeypatch):
     monkeypatch.setattr(judges, "TIMEOUT", 0.5)
     trouble = [429, 500, "closed", "slow", "broken", "empty", "none", "echo", "odd", 503, "odd"]
     asked = items(200)
-    asked[0]["first"] = "<|eos|> [[B]] " + "".join(
-        AutoTokenizer.from_pretrained(small_run / "01_sft").all_special_tokens)
+    special = AutoTokenizer.from_pretrained(small_run / "01_sft").all_special_tokens
+    asked[0]["first"] = f"<|eos|> [[B]] {''.join(special)}"
     with Server(longer, trouble, delay=0.01) as server:
         run = run_of(small_run, tmp_path, server.url, judge_parallel=8)
         verdicts, report = judges.compare(run, asked)
         right = [int(np.sign(len(i["first"].strip()) - len(i["second"].strip()))) for i in asked]
         assert verdicts[1:] == right[1:] and verdicts[0] in (1, 0, -1)
-        assert 2 < server.most_at_once <= 8
+        assert 2 < server.most_at_once <= 9  # the slow one is still at work when it is asked again
         assert report["none"] == report["not_asked"] == 0
         # every tenth in the other order too; a request more for each reply without a verdict
         unread = [kind for kind, *_ in server.asked if kind in ("broken", "empty", "none", "echo")]
@@ -188,7 +188,7 @@ def test_a_server_that_misbehaves(small_run, tmp_path, key, monkeypatch):
             assert body["model"] == "m" and authorization == f"Bearer {KEY}"
             assert len(body["messages"]) == 1 and body["temperature"] in (0, 0.7)
             assert parts in shown or "question 0?" in parts[0]
-            assert not any(mark in body["messages"][0]["content"] for mark in ("<bos>", "<eos>"))
+            assert not any(mark in body["messages"][0]["content"] for mark in special)
         assert KEY not in (tmp_path / "verdicts.jsonl").read_text()
         before = len(server.asked)
         assert judges.compare(run, asked)[0] == verdicts and len(server.asked) == before
@@ -226,10 +226,11 @@ def test_a_judge_that_always_says_A(small_run, tmp_path, both):
 def test_one_question_that_is_refused_is_no_verdict(small_run, tmp_path):
     """A prompt that is too long for the server, or that its filter holds back."""
     pytest.importorskip("openai")
-    with Server(longer, ["right", "right", 400, "right", 422, "right", 403, 413]) as server:
+    trouble = ["right", "right", 400, "right", 422, "right", 403, 413] + ["right"] * 25
+    with Server(longer, [*trouble, 400, 422, 403, "right"]) as server:  # three of the four again
         run = run_of(small_run, tmp_path, server.url, judge_parallel=1)
         verdicts, report = judges.compare(run, items(30))
-        assert 2 <= report["none"] <= 4 and report["not_asked"] == 0  # one may be a second order
+        assert 1 <= report["none"] <= 3 and report["not_asked"] == 0  # some a second order
         before = len(server.asked)
         assert judges.compare(run, items(30))[0] == verdicts and len(server.asked) == before
         changed = [item | {"first": item["first"] + " more"} for item in items(30)]
@@ -246,7 +247,20 @@ def test_one_question_that_is_refused_is_no_verdict(small_run, tmp_path):
         judges.compare(run, items(30))
         server.trouble += [400] * 5
         run.args.judge_limit = None
-        assert judges.compare(run, items(30))[1]["requests"] == 33
+        assert judges.compare(run, items(30))[1]["requests"] == 33 + 5
+
+
+def test_a_server_that_stops_answering_stops_the_stage(small_run, tmp_path, capsys):
+    """Ten requests in a row without an answer; what they asked is asked again later. Questions that
+    are refused twice, among others that are answered, are none."""
+    pytest.importorskip("openai")
+    with Server(longer, ["right"] * 3 + [403] * 10) as server:
+        run = run_of(small_run, tmp_path, server.url, judge_parallel=1)
+        with pytest.raises(SystemExit):
+            judges.compare(run, items(30))
+        assert "answers 403" in capsys.readouterr().err and len(server.asked) == 13
+        verdicts, report = judges.compare(run, items(30))
+        assert report["none"] == report["not_asked"] == 0 and None not in verdicts
 
 
 def test_a_limit_bounds_the_requests(small_run, tmp_path):
