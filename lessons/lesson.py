@@ -98,8 +98,8 @@ def check_1b(gradient):
 def check_2a(strength):
     diffs = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     for d in (diffs, diffs[:1]):
-        for mine, right, what in zip(strength(d.clone()), stage("03_strength").preference_strength(d),
-                                     ("mu_hat", "sigma_hat")):
+        rights = stage("03_strength").preference_strength(d)
+        for mine, right, what in zip(strength(d.clone()), rights, ("mu_hat", "sigma_hat")):
             if wrong := near(mine, right, f"{what} of {len(d)} voters"):
                 return wrong
     return None
@@ -169,8 +169,8 @@ def check_6b(step):
 
     def dL(x):
         return 2 * x - 1
-    return near(step(theta.clone(), dL, dJ, alpha, eta), theta - alpha * dL(theta + eta * dJ(theta)),
-                "theta after one step")
+    right = theta - alpha * dL(theta + eta * dJ(theta))
+    return near(step(theta.clone(), dL, dJ, alpha, eta), right, "theta after one step")
 
 
 def check_7a(mend):
