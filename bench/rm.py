@@ -131,7 +131,7 @@ def main():
     flags.add_argument("--deterministic", action="store_true", help="ours: as the flag of a stage")
     flags.add_argument("--sweep", action="store_true", help="prompt shares and K instead")
     flags.add_argument("--rounds", type=int, default=3, help="turns of each contender (3)")
-    flags.add_argument("--out", help="file of the results (bench/rm.json)")
+    flags.add_argument("--out", help="file of the results (bench/rm.json, rm_sweep.json)")
     args = flags.parse_args()
     if args.one:
         result = json.dumps(one(args.one))

@@ -760,8 +760,9 @@ def draw_variants(seeds, within=0.01):
     wins = pooled([d["comparisons"] for d in seeds], ("round_0",), ("eval_",), list(names))[1:]
     sets = {row[0] for row in wins if row[1] in VARIANTS}  # not the summary task's, which has none
     return show(panels, width=3.6), table + [
-        [f"PPO under {names[r[1]]} against round 0, {r[0]}", f"win {r[3]:.0f} %",
-         f"lose {r[5]:.0f} %", f"win minus lose {r[3] - r[5]:.0f}"] for r in wins if r[0] in sets]
+        [f"PPO under {names[policy]} against round 0, {name}", f"win {win:.0f} %",
+         f"lose {lose:.0f} %", f"win minus lose {round(win - lose)}"]
+        for name, policy, _, win, _, lose, _ in wins if name in sets]
 
 
 def draw_overoptimised(seeds):

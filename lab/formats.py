@@ -262,8 +262,9 @@ def prompt_messages(text):
     """A prompt's text → messages: HH turns, where an assistant's that is only opened is none, or
     one turn of the user's, which may quote some."""
     out = transcript(text) if is_transcript(text) else []
-    quoted = out[-1:] and out[-1]["role"] == "assistant" and "\n\n" in out[-1]["content"] and \
-        not re.match(r"\s*(Human|User|Assistant):", text)  # it goes on behind the dialogue
+    quoted = out[-1:] and out[-1]["role"] == "assistant" and out[-1]["content"] and not re.match(
+        r"\s*(Human|User|Assistant):", text) and (  # announced, or the text goes on behind it
+        out[0]["content"].endswith(":") or "\n\n" in out[-1]["content"])
     if not out or quoted:
         return [{"role": "user", "content": text}]
     return out[:-1] if out[-1]["role"] == "assistant" and not out[-1]["content"] else out
@@ -631,8 +632,9 @@ def present(row):
     there = type(row)({SPELLINGS.get(k, k): v for k, v in row.items() if v is not None and (
         v == v or SPELLINGS.get(k, k) in (*NUMBERS, LABEL))})
     for a, b in (*CHOSEN_OF_TWO, *PAIRS):
-        if {a, b} <= row.keys() and (a in there) != (b in there):
-            there |= {name: "" for name in (a, b) if name not in (*there, "messages", "response")}
+        if {a, b} <= row.keys() and (a in there) != (b in there) and not any(
+                {*two} <= there.keys() for two in (*CHOSEN_OF_TWO, *PAIRS)):
+            there |= {name: "" for name in (a, b) if name not in (*there, "messages")}
     return there
 
 
@@ -641,7 +643,9 @@ def in_one_form(row, style):
     prompt without them a response has such marks as its own, unless it repeats the prompt."""
     if style.form == "none":
         return row
-    asked = [row[k] for k in (*PROMPTS, "input", "history") if not is_blank(row.get(k, ""))]
+    asked = [row[k] for k in (*PROMPTS, "input") if not is_blank(row.get(k, ""))]
+    if not asked and isinstance(row.get("history"), str):  # SHP's prompt
+        asked = [row["history"]]
     marked = not asked or any(isinstance(v, str) and reworded(v) != v for v in asked)
 
     def one(text):

@@ -344,6 +344,16 @@ def request(server, model, text, n):
     return answer.choices[0].message.content or "", getattr(answer.usage, "total_tokens", 0) or 0
 
 
+def in_turn(todo, before):
+    """(number of answers so far, [(what to ask, whether for the last time)]): what was refused
+    while others were answered goes last."""
+    answers = sum(not row["reply"].startswith((REFUSED, NO_ANSWER)) for row in before)
+    refused = {(row["id"], row["order"]) for row in before if answers and not row["final"]
+               and row["reply"].startswith(REFUSED)}
+    asks = [(ask, (ask[0]["id"], ask[1]) in refused) for ask in todo]
+    return answers, sorted(asks, key=lambda ask: ask[1])
+
+
 def ask_server(args, todo, keep, marks, before):
     """Ask a server, several requests at once, --judge_limit in all with the replies of `before`,
     and yield at least once a minute. The client waits and retries by itself after 429, 5xx,
@@ -351,8 +361,8 @@ def ask_server(args, todo, keep, marks, before):
     verdict; a server without an answer to TRIES at first, IN_A_ROW later, stops the stage."""
     import openai
     key, lock = os.environ.get("OPENAI_API_KEY"), threading.Lock()
-    answers = [row for row in before if not row["reply"].startswith((REFUSED, NO_ANSWER))]
-    count, again = {"sent": len(before), "answers": len(answers), "without": 0}, []
+    answers, todo = in_turn(todo, before)
+    count, again = {"sent": len(before), "answers": answers, "without": 0}, []
     server = openai.OpenAI(api_key=key or "none", base_url=args.judge, timeout=TIMEOUT,
                            max_retries=RETRIES)
 
@@ -374,6 +384,7 @@ def ask_server(args, todo, keep, marks, before):
             except openai.APIStatusError as error:
                 if error.status_code not in REFUSALS or fails(last):
                     raise
+                last = last or bool(args.judge_limit and count["answers"])  # what is left of it
                 last or again.append(ask)
                 return keep(ask, f"{REFUSED}{error.status_code})", "none", 0, final=last)
             except (openai.APIResponseValidationError, ValueError, AttributeError, TypeError,
@@ -387,8 +398,8 @@ def ask_server(args, todo, keep, marks, before):
             if final:
                 return
     with concurrent.futures.ThreadPoolExecutor(args.judge_parallel or 4) as pool:
-        asked = [pool.submit(one, ask) for ask in todo]
-        waiting, bar = set(asked), common.progress(asked, "judging")
+        waiting = {pool.submit(one, *ask) for ask in todo}
+        bar = common.progress(todo, "judging")
         try:
             while waiting:
                 done, waiting = concurrent.futures.wait(
@@ -402,8 +413,7 @@ def ask_server(args, todo, keep, marks, before):
             common.die(f"the judge at {args.judge} {complaint(args, error, key)}; its verdicts so "
                        "far are kept, the same command goes on from there")
         finally:
-            for future in asked:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ask_model(args, todo, keep, marks):

@@ -49,7 +49,7 @@ TRAINING = {
     "gradient_checkpointing": (True, False, False, "recompute activations in the backward pass"),
     "save_every": (200, 50, 25, "steps between checkpoints, from which the same command goes on"),
 }
-FREE = ("save_every", "micro_batch_size", "eval_batch_size", "zero", "gradient_checkpointing")
+SIZES = {"micro_batch_size", "eval_batch_size", "zero", "gradient_checkpointing"}  # of training
 asked_to_stop, open_stages = {}, []
 
 
@@ -174,8 +174,8 @@ class Stage:
                 return None, None
             log(f"{self.final} was made otherwise ({'; '.join(different)}): it is trained again")
         found = {} if args.restart else checkpoint.newest(self.dir)
-        free = FREE if found.get("step") == 0 else FREE[:1]  # what a checkpoint does not depend on
-        if found and (different := differences(found["settings"], settings, free)):
+        but = SIZES if found.get("step") == 0 else ()  # what is drawn before it depends on none
+        if found and (different := differences(found["settings"], settings, but)):
             die(f"{self.dir} holds step {found['step']} of a command that differs in "
                 f"{'; '.join(different)}: give the same again, or --restart to begin anew")
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def promote(directory):
     directory.rename(final)
 
 
-def differences(old, new, free=FREE[:1]):
+def differences(old, new, but=()):
     """What two `settings` differ in, for people: "--lr (0.001 then, 0.1 now)"."""
     out = []
     for key, b in sorted(new.items()):
@@ -337,7 +337,7 @@ def differences(old, new, free=FREE[:1]):
             hyper = key == "hyperparameters"
             out += [f"--{k} ({a.get(k)} then, {b.get(k)} now)" if hyper else f"{k} (changed)"
                     for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
-                    and k not in free]
+                    and k not in ("save_every", *but)]
         elif a != b:
             out.append(f"{key.replace('_', ' ')} ({a} then, {b} now)")
     return out

@@ -196,7 +196,7 @@ def csv_rows(text):
                 row = Bad("more cells than the header has")
             elif None in row.values():
                 row = Bad("fewer cells than the header has")
-            elif delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values() if v):
+            elif delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values()):
                 row = Bad("a quote that does not close")
         except csv.Error as problem:
             row = Bad(f"not CSV ({problem})")
@@ -242,10 +242,12 @@ def json_rows(text):
 
 
 def lines_of_array(text, n, problem):
-    """Rows of an array that is not JSON: objects that stand on a line each, or else its fault."""
+    """Rows of an array that is not JSON, where they are objects, or texts but for one, that stand
+    on a line each, or else its fault."""
     rows = [(k, parse_line(row)) for k, line in enumerate(text.split("\n"), n) if (
         row := line.strip().removeprefix("[").removesuffix("]").removesuffix(",").strip())]
-    if 2 * sum(isinstance(row, dict) for _, row in rows) > len(rows):
+    objects, texts = (sum(isinstance(row, kind) for _, row in rows) for kind in (dict, str))
+    if 2 * objects > len(rows) or 1 < texts == len(rows) - 1:
         yield from rows
     else:
         yield n - 1 + getattr(problem, "line", 1), problem if isinstance(problem, Bad) else Bad(

@@ -326,6 +326,16 @@ ROWS = [
     ("one of two is null", {"prompt": Q, "response_a": A, "response_b": None, "winner": "a"},
      "empty response"),
     ("rejected is null", {"prompt": Q, "chosen": A, "rejected": None}, "empty response"),
+    ("both of ms-swift's columns, one null", {
+        "messages": [user(), says(A)], "rejected_response": None,
+        "rejected_messages": [user(), says(B)]}, HH),
+    ("a response that is null", {"prompt": Q, "response": None, "rejected_response": B},
+     "empty response"),
+    ("Vicuna's dialogues beside prompt and history", {
+        "prompt": Q, "history": "[]", **{side: f"USER: {Q} ASSISTANT: {text}"
+                                         for side, text in AB.items()}}, HH),
+    ("a quoted dialogue at the end", {"prompt": f"Sum this up:{HH} Rayleigh.", **AB},
+     f"\n\nHuman: Sum this up:{HH} Rayleigh.\n\nAssistant:"),
     ("ms-swift's is null", {"messages": [user(), says(A)], "rejected_response": None},
      "empty response"),
     ("rejected is a number", {"prompt": Q, "chosen": A, "rejected": 5}, "neither text"),
@@ -542,6 +552,9 @@ def test_a_damaged_array_names_its_line_and_loses_one_row(tmp_path):
     path.write_text(json.dumps(PAIRS, indent=1).replace('"rejected"', "rejected", 1))
     (n, problem), = sources.file_rows(path)
     assert n == 5 and isinstance(problem, sources.Bad)
+    path.write_text('[\n"a",\n"b,\n"c"\n]')  # prompts
+    found = dict(sources.file_rows(path))
+    assert (found[2], found[4]) == ("a", "c") and isinstance(found[3], sources.Bad)
     path.write_text(json.dumps([{"turns": ["a", "b"], "scores": [0.5] * 9}], indent=1)[:-4])
     (n, problem), = sources.file_rows(path)
     assert isinstance(problem, sources.Bad) and n > 10

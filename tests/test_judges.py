@@ -35,7 +35,7 @@ class Server:
 
     def __init__(self, verdict, trouble=(), delay=0.0):
         self.asked, self.trouble, self.lock = [], list(trouble), threading.Lock()
-        self.most_at_once = self.now = 0
+        self.most_at_once, self.now, self.refuse = 0, 0, lambda prompt: False
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -73,7 +73,7 @@ class Server:
                     return self.connection.close()
                 if kind == "slow":
                     time.sleep(1)
-                status = kind if isinstance(kind, int) else 200
+                status = kind if isinstance(kind, int) else 400 if server.refuse(parts[0]) else 200
                 text = {"broken": "{broken", "html": "<html>Log in</html>",
                         "error": '{"error": {"message": "slow down"}}'}.get(kind, text)
                 text = json.dumps({"error": {"message": f"no: {KEY}"}}) if status > 200 else text
@@ -235,7 +235,7 @@ def test_one_question_that_is_refused_is_no_verdict(small_run, tmp_path):
         assert judges.compare(run, items(30))[0] == verdicts and len(server.asked) == before
         changed = [item | {"first": item["first"] + " more"} for item in items(30)]
         judges.compare(run, changed)  # other texts are other questions
-        assert len(server.asked) == 2 * before
+        assert len(server.asked) == before + 33
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
     with Server(longer, [400, "right"]) as server:  # the very first one is asked again
@@ -258,9 +258,24 @@ def test_a_server_that_stops_answering_stops_the_stage(small_run, tmp_path, caps
         run = run_of(small_run, tmp_path, server.url, judge_parallel=1)
         with pytest.raises(SystemExit):
             judges.compare(run, items(30))
-        assert "answers 403" in capsys.readouterr().err and len(server.asked) == 13
+        assert "answers 403" in capsys.readouterr().err and len(server.asked) in (13, 14)
         verdicts, report = judges.compare(run, items(30))
         assert report["none"] == report["not_asked"] == 0 and None not in verdicts
+
+
+def test_many_refusals_and_a_stop_between_do_not_stop_it_again(small_run, tmp_path):
+    """Every third question is refused, each time; then the server is gone, and comes back."""
+    pytest.importorskip("openai")
+    asked = [x | {"prompt": x["prompt"].replace("?", "!" * (i % 3 == 0))}
+             for i, x in enumerate(items(60))]
+    with Server(longer, [401 if i == 45 else "odd" for i in range(60)]) as server:
+        server.refuse = lambda prompt: "!" in prompt
+        run = run_of(small_run, tmp_path, server.url, judge_parallel=1)
+        with pytest.raises(SystemExit):
+            judges.compare(run, asked)
+        verdicts, report = judges.compare(run, asked)
+        assert [v is None for v in verdicts] == [i % 3 == 0 for i in range(60)]
+        assert (report["none"], report["not_asked"]) == (20, 0)
 
 
 def test_a_limit_bounds_the_requests(small_run, tmp_path):

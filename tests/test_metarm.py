@@ -138,7 +138,9 @@ common.launch(lambda: importlib.import_module("07_metarm").main({[*map(str, flag
 """, check=False)
     assert done.returncode == 2 and "no room" in done.stdout
     drawn = (run_copy / "07_metarm/round_1.partial/samples.jsonl").stat()
-    run(sys.executable, "07_metarm.py", *flags, processes=2)  # on all cores
+    done = run(sys.executable, "07_metarm.py", *flags, "--lr", 1, check=False)
+    assert done.returncode == 2 and "--lr (0.001 then, 1.0 now)" in done.stdout
+    run(sys.executable, "07_metarm.py", *flags, "--eval_batch_size", 5, processes=2)  # on all cores
     assert (run_copy / "07_metarm/round_1/samples.jsonl").stat().st_mtime_ns == drawn.st_mtime_ns
     assert not list((run_copy / "07_metarm/round_1").glob("checkpoint*"))
     files = [
