@@ -346,12 +346,14 @@ def request(server, model, text, n):
 
 def in_turn(todo, before):
     """(number of answers so far, [(what to ask, whether for the last time)]): what was refused
-    while others were answered goes last."""
+    before goes last."""
     answers = sum(not row["reply"].startswith((REFUSED, NO_ANSWER)) for row in before)
-    refused = {(row["id"], row["order"]) for row in before if answers and not row["final"]
-               and row["reply"].startswith(REFUSED)}
-    asks = [(ask, (ask[0]["id"], ask[1]) in refused) for ask in todo]
-    return answers, sorted(asks, key=lambda ask: ask[1])
+    refused = {(row["id"], row["order"]) for row in before if row["reply"].startswith(REFUSED)}
+
+    def was_refused(ask):
+        return (ask[0]["id"], ask[1]) in refused
+    return answers, [(ask, answers > 0 and was_refused(ask))
+                     for ask in sorted(todo, key=was_refused)]
 
 
 def ask_server(args, todo, keep, marks, before):

@@ -264,15 +264,17 @@ def test_a_server_that_stops_answering_stops_the_stage(small_run, tmp_path, caps
 
 
 def test_many_refusals_and_a_stop_between_do_not_stop_it_again(small_run, tmp_path):
-    """Every third question is refused, each time; then the server is gone, and comes back."""
+    """Every third question is refused, each time, the first three among them, which stops it as if
+    it were the server; then the server is gone, and comes back."""
     pytest.importorskip("openai")
     asked = [x | {"prompt": x["prompt"].replace("?", "!" * (i % 3 == 0))}
              for i, x in enumerate(items(60))]
     with Server(longer, [401 if i == 45 else "odd" for i in range(60)]) as server:
         server.refuse = lambda prompt: "!" in prompt
         run = run_of(small_run, tmp_path, server.url, judge_parallel=1)
-        with pytest.raises(SystemExit):
-            judges.compare(run, asked)
+        for _ in "ab":
+            with pytest.raises(SystemExit):
+                judges.compare(run, asked)
         verdicts, report = judges.compare(run, asked)
         assert [v is None for v in verdicts] == [i % 3 == 0 for i in range(60)]
         assert (report["none"], report["not_asked"]) == (20, 0)
