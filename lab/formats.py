@@ -339,8 +339,9 @@ def take_sides(row):
         raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
                   "needed")
     names = sorted(k for k in row if re.fullmatch(r"\w{1,30}", str(k)))  # others may be contents
-    raise Bad(f"column `{missing}` is missing, and no other form fits the columns "
-              f"{', '.join(names)[:150]} (00_data.py --help lists them)" if missing
+    found = " ".join(["the columns", *filter(None, [", ".join(names)[:150]])])
+    raise Bad(f"column `{missing}` is missing, and no other form fits {found} "
+              "(00_data.py --help lists them)" if missing
               else f"`chosen` is {type(row['chosen']).__name__}, not text")
 
 

@@ -91,7 +91,7 @@ def test_sigkill_at_six_moments_changes_nothing(audited, tmp_path):
             for p in out.glob(pattern)}
     run(*WORKER, out)
     print(f"{kills} kills, unfinished after one: {sorted(hit)}")
-    assert kills == 6
+    assert kills == 6 and len(hit) >= 4
     assert head(out) == head(undisturbed) and verify.verify(out)
     assert not [p for p in out.rglob("*") if p.name.endswith((".partial", ".tmp")) or
                 p.name.startswith("checkpoint")]
@@ -648,6 +648,7 @@ import deepspeed, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import torch
 before, tmp = Path(out), Path(sys.argv[2])
+KEPT = {"samples.jsonl", "metrics.jsonl", "checkpoint.json", "random_0.json"}  # what 07 has drawn
 def case(name, stage="00_data", *flags, model=None):
     global out
     out = str(tmp / name)
@@ -656,7 +657,7 @@ def case(name, stage="00_data", *flags, model=None):
         flags = ["--model", str(model), "--max_prompt_tokens", "80"]
     stamps = lambda: {p: p.stat().st_mtime_ns for p in Path(out).rglob("*")
                       if p.is_file() and p.name not in verify.ROOT_FILES
-                      and "07_metarm/round_1.partial" not in str(p)}  # its samples are kept
+                      and (p.name not in KEPT or "07_metarm/round_1.partial" not in str(p))}
     old = stamps()
     error = io.StringIO()
     with contextlib.redirect_stderr(error): code = go(stage, *flags)
@@ -760,6 +761,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_an_error_on_two_processes_is_one_line_and_none_hangs(run_copy):
     """All ranks find the error; one speaks. An exception on rank 1 alone is told by rank 1."""
+    begin = time.time()
     done = run("deepspeed", "--num_gpus", 2, "--master_port", PORT, "06_ppo.py", "--out", run_copy,
                "--rm", "none", check=False)
     assert done.returncode == 2 and sum("error: no finished" in x
@@ -769,7 +771,7 @@ def test_an_error_on_two_processes_is_one_line_and_none_hangs(run_copy):
     lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]
     assert done.returncode == 2 and len(
         lines) == 1 and "does not split evenly over 2 processes" in lines[0]
-    assert "Traceback" not in done.stdout
+    assert "Traceback" not in done.stdout and time.time() - begin < 90
 
 
 def test_status_says_what_is_done_stopped_stale_and_missing(run_copy):

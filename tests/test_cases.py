@@ -318,7 +318,7 @@ ROWS = [
     ("an empty list beside dialogues", {"prompt": [], **BOTH}, HH),
     ("HH, system text and an opened answer", {"prompt": f"Be kind.{HH} Sure,", **AB},
      f"Be kind.{HH} Sure,"),
-    ("a header that is contents", {"Buy a gun, now": Q, "Kill?": A}, "columns  (00_data"),
+    ("a header that is contents", {"Buy a gun, now": Q, "Kill?": A}, "fits the columns (00_data"),
     ("a prompt that quotes a dialogue", {
         "prompt": f"Here is a chat:{HH} Rayleigh.\n\nSum it up.", **AB},
      f"\n\nHuman: Here is a chat:{HH} Rayleigh.\n\nSum it up.\n\nAssistant:"),

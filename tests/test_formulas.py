@@ -661,6 +661,7 @@ def test_compare_counts_shares():
     found = evaluate.compare(verdicts)
     assert (found["n"], found["win"], found["tie"], found["lose"]) == (10, 0.6, 0.1, 0.3)
     for verdict, p in (("win", 0.6), ("lose", 0.3)):  # Wilson's own formula, n = 10
-        middle, half = p + 1.96**2 / 20, 1.96 * (p * (1 - p) / 10 + 1.96**2 / 400) ** 0.5
-        expected = [(middle + side * half) / (1 + 1.96**2 / 10) for side in (-1, 1)]
-        assert found[f"{verdict}_interval"] == pytest.approx(expected, abs=1e-4)
+        z = 1.959963985
+        middle, half = p + z**2 / 20, z * (p * (1 - p) / 10 + z**2 / 400) ** 0.5
+        expected = [(middle + side * half) / (1 + z**2 / 10) for side in (-1, 1)]
+        assert found[f"{verdict}_interval"] == pytest.approx(expected, abs=1e-6)

@@ -51,12 +51,13 @@ class Server:
                     server.now += 1
                     server.most_at_once = max(server.now, server.most_at_once)
                     kind = server.trouble.pop(0) if server.trouble else "right"
+                    server.now -= kind == "slow"  # which its client gives up
                 time.sleep(delay)
                 try:
                     self.answer(kind, body, parts)
                 finally:
                     with server.lock:
-                        server.now -= 1
+                        server.now -= kind != "slow"
 
             def answer(self, kind, body, parts):
                 letter = verdict(*parts)
@@ -171,7 +172,7 @@ def test_a_server_that_misbehaves(small_run, tmp_path, key, monkeypatch):
         verdicts, report = judges.compare(run, asked)
         right = [int(np.sign(len(i["first"].strip()) - len(i["second"].strip()))) for i in asked]
         assert verdicts[1:] == right[1:] and verdicts[0] in (1, 0, -1)
-        assert 2 < server.most_at_once <= 9  # the slow one is still at work when it is asked again
+        assert 2 < server.most_at_once <= 8
         assert report["none"] == report["not_asked"] == 0
         # every tenth in the other order too; a request more for each reply without a verdict
         unread = [kind for kind, *_ in server.asked if kind in ("broken", "empty", "none", "echo")]
@@ -230,7 +231,8 @@ def test_one_question_that_is_refused_is_no_verdict(small_run, tmp_path):
     with Server(longer, [*trouble, 400, 422, 403, "right"]) as server:  # three of the four again
         run = run_of(small_run, tmp_path, server.url, judge_parallel=1)
         verdicts, report = judges.compare(run, items(30))
-        assert 1 <= report["none"] <= 3 and report["not_asked"] == 0  # some a second order
+        assert report["none"] in (2, 3) and report["not_asked"] == 0  # one may be a second order
+        assert report["none"] == verdicts.count(None)
         before = len(server.asked)
         assert judges.compare(run, items(30))[0] == verdicts and len(server.asked) == before
         changed = [item | {"first": item["first"] + " more"} for item in items(30)]

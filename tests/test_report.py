@@ -379,13 +379,15 @@ def test_figures_name_their_judge(tmp_path):
     asked = {"judge": "model:m", "items": 9, "not_asked": 1, "none": 0, "asked_in_both_orders": 4,
              "flip_rate": 0.5}
     for stage, metrics in (("03_strength", {"judge": asked}),
+                           ("08_best_of_n", {"judge": "gold"}),
                            ("08_evaluate", {"judge": "ensemble, a proxy",
                                             "report": {"judge": "ensemble, a proxy"}})):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "manifest.json").write_text(json.dumps({"metrics": metrics}))
     assert pages.judged(SimpleNamespace(path=tmp_path)) == {
         "03_strength": "judge model:m: 9 items, 1 not asked, 0 without a verdict, 50% of 4 items "
-        "judged otherwise in the other order", "08_evaluate": "judge ensemble, a proxy"}
+        "judged otherwise in the other order", "08_best_of_n": "judge gold",
+        "08_evaluate": "judge ensemble, a proxy"}
 
 
 @pytest.fixture(scope="module")

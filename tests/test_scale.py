@@ -1,9 +1,11 @@
 """bench/memory.py against measured peaks, and docs/scale.md against bench/memory.py."""
 import json
 import sys
+import time
 from importlib import import_module
 
 import pytest
+import torch
 from conftest import ROOT, deepspeed, run
 
 from lab import base
@@ -66,9 +68,20 @@ def test_tables_are_of_this_code_and_fit():
         assert memory.report(name, config, tables, preset, G, most) in text
 
 
+def test_bf16_is_called_fast_where_it_is():
+    """Without instructions for it a CPU emulates bf16: by a hundred times, not by a few."""
+    def seconds(dtype):
+        x, start = torch.ones(512, 512, dtype=dtype), time.perf_counter()
+        for _ in range(3):
+            x @ x
+        return time.perf_counter() - start
+    seconds(torch.float32)
+    assert base.FAST_BF16 == (torch.cuda.is_available() or
+                              seconds(torch.bfloat16) < 10 * seconds(torch.float32))
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_small_takes_bf16_where_it_is_fast(fast, capsys, monkeypatch):
-    """Without instructions for it a CPU emulates bf16: a hundred times as long, not a few."""
     monkeypatch.setattr(base, "FAST_BF16", fast)
     for stage in ("02_rm_ensemble", "07_metarm", "08_evaluate"):
         for flags, expected in (([], "autocast" if fast else "fp32"),
