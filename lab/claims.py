@@ -14,7 +14,6 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 
 from lab import figures
 from lab.base import progress
@@ -363,9 +362,7 @@ def interval(measure, seeds, rng, replicates=REPLICATES):
 
     values = [measure(d, draw) for d in seeds]
     if not drawn:
-        half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values) \
-            if len(values) > 1 else 0.0  # one seed: the claim stays open
-        return float(np.mean(values) - half), float(np.mean(values) + half)
+        return figures.student(values)  # of one seed the number: the claim stays open
     means = np.array([np.mean([measure(seeds[s], draw) for s in draw(len(seeds))], 0)
                       for _ in range(replicates)]).reshape(replicates, -1)      # [R, members]
     bounds = np.percentile(means, [2.5, 100 - 2.5 / means.shape[1]], axis=0).min(1)

@@ -440,6 +440,21 @@ def cell(values):
     return text + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
 
 
+def student(values):
+    """95 % interval of the mean of one number a seed, Student's t: (low, high)."""
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values) \
+        if len(values) > 1 else 0.0
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def beside(values, control, form="+.3f"):
+    """Difference of two means over the same seeds, with its interval when there are several."""
+    difference = np.subtract(values, control)
+    low, high = student(difference)
+    return f"{np.mean(difference):{form}}" + (
+        f" ({low:{form}} to {high:{form}})" if len(difference) > 1 else "")
+
+
 def label(model):
     if model in ("mean", "mean_std"):
         return "ensemble's mean" + (" - std" if model == "mean_std" else "")
@@ -727,6 +742,7 @@ def draw_16(seeds):
 
 
 def draw_variants(seeds, within=0.01):
+    """With the differences from the vanilla model, and from PPO under it once more."""
     models = {m: v for m, v in seeds[0]["models"].items() if all(m in d["models"] for d in seeds)}
     value = {m: [[np.mean(d["models"][m][key]) for d in seeds] for key in ("J", "accuracy", "tau")]
              for m in models}
@@ -742,27 +758,35 @@ def draw_variants(seeds, within=0.01):
         [np.mean(value[m][2]) for m in of]]) for text, of in kinds.items() if of},
         "style": {text: {"linestyle": "none", "marker": "o"} for text in kinds},
         "level": np.mean(value["vanilla"][2]), "xlabel": titles[0], "ylabel": titles[2]})
-    table = [["model", *titles]]
-    for text, of in {"vanilla RM": ["vanilla"], **kinds}.items():
-        table += [[f"{text}, eta {models[m]['eta']:g}" if m != "vanilla" else text,
-                   *map(cell, value[m])] for m in of]
+    table = [["model (difference from the vanilla RM, 95 % interval over seeds)", *titles],
+             ["vanilla RM", *map(cell, value["vanilla"])]]
+
+    def measured(m):
+        return [f"{np.mean(v):.3f}, {beside(v, vanilla)}"
+                for v, vanilla in zip(value[m], value["vanilla"])]
+    for text, of in kinds.items():
+        table += [[f"{text}, eta {models[m]['eta']:g}", *measured(m)] for m in of]
     least = np.mean(value["vanilla"][1]) - within
     for text, of in kinds.items():  # at equal accuracy the strongest
         if equal := [m for m in of if np.mean(value[m][1]) > least]:
             best = max(equal, key=lambda m: np.mean(value[m][0]))
             table.append([f"{text}: widest J within {within} of vanilla's accuracy, eta "
-                          f"{models[best]['eta']:g}", *map(cell, value[best])])
+                          f"{models[best]['eta']:g}", *measured(best)])
     order = scipy.stats.spearmanr(*(  # of all models: does a wider J go with a better order?
         [np.mean(value[m][k]) for m in models] for k in (0, 2))).statistic
     table.append(["rank correlation of J and tau over the models", "", "", f"{order:.2f}"])
     names = {"round_1": "MetaRM", "more_1": "the vanilla RM once more", **VARIANTS,
              "weights": "pair weights, eta 1", "weights_mild": "pair weights, eta 0.1"}
-    wins = pooled([d["comparisons"] for d in seeds], ("round_0",), ("eval_",), list(names))[1:]
-    sets = {row[0] for row in wins if row[1] in VARIANTS}  # not the summary task's, which has none
+    leads = {}
+    for row in [row for d in seeds for row in d["comparisons"] if row["opponent"] == "round_0"]:
+        leads.setdefault((row["set"], row["policy"]), []).append(100 * (row["win"] - row["lose"]))
+    sets = {name for name, policy in leads if policy in VARIANTS}  # the summary task's has none
     return show(panels, width=3.6), table + [
-        [f"PPO under {names[policy]} against round 0, {name}", f"win {win:.0f} %",
-         f"lose {lose:.0f} %", f"win minus lose {round(win - lose)}"]
-        for name, policy, _, win, _, lose, _ in wins if name in sets]
+        [f"PPO under {names[policy]} against round 0, {name}",
+         f"win minus lose {np.mean(lead):.0f}", "" if policy == "more_1" else
+         f"{beside(lead, leads[name, 'more_1'], '+.0f')} from {names['more_1']}", ""]
+        for (name, policy), lead in leads.items()
+        if policy in names and name in sets and (name, "more_1") in leads]
 
 
 def draw_overoptimised(seeds):

@@ -408,8 +408,10 @@ def join(history, side):
 def read_side(value, history, name):
     """(messages or a templated prompt, the assistant's message) of one side, `parsed`."""
     if is_texts(value):
-        if history is not None and len(value) % 2 and len(value) > 1:
-            raise Drop("prompts differ")
+        if isinstance(history, list) and len(value) > 1 and (len(value) % 2 or not held(
+                history[-1]["content"], " ".join(value))):
+            raise Bad(f"`{name}` has {len(value)} texts that do not repeat the prompt: a row holds "
+                      "one response on each side")
         value = value[0] if history is not None and len(value) == 1 else alternate(value)
     if not isinstance(value, str):
         side = messages(value, name)

@@ -85,6 +85,10 @@ ROWS = [
      SYSTEM),
     ("messages beside another prompt", {"prompt": [user("X")], **BOTH}, "prompts differ"),
     ("texts in lists beside a prompt", {"prompt": Q, "chosen": [A], "rejected": [B]}, HH),
+    ("several responses on a side", {"prompt": Q, "chosen": A, "rejected": [B, "So."]},
+     "`rejected` has 2 texts"),
+    ("whole dialogues in lists of texts beside a prompt", {
+        "prompt": Q, "chosen": ["Hi", "Hello.", Q, A], "rejected": ["Hi", "Hello.", Q, B]}, TALK),
     ("a prompt of texts", {"prompt": ["Hi", "Hello.", Q], **AB}, TALK),
     ("single messages", {"prompt": Q, "chosen": says(A), "rejected": says(B)}, HH),
     ("JSON text of a prompt", {"prompt": json.dumps([user()]), **AB}, HH),

@@ -169,6 +169,36 @@ def test_roughness():
     assert claims.roughness(noisy) == pytest.approx(expected)
 
 
+def test_variants_are_told_from_the_vanilla_model_by_pairs_of_one_seed():
+    """Their differences' intervals are scipy's of the paired t test."""
+    rng = np.random.default_rng(0)
+    models = {name: {"kind": kind, "eta": eta} for name, kind, eta in (
+        ("vanilla", "vanilla", 0.0), ("eta_0.1", "eta", 0.1), ("joint_1", "joint", 1.0))}
+    seeds = [{"models": {name: {**m, **{key: rng.normal(size=1 if key == "accuracy" else 5)
+                                        for key in ("J", "accuracy", "tau")}}
+                         for name, m in models.items()},
+              "comparisons": [{"set": "eval_harmless", "policy": policy, "opponent": opponent,
+                               "win": rng.uniform(0.3, 0.6), "lose": rng.uniform(0.1, 0.4)}
+                              for policy in ("more_1", "joint") for opponent in ("sft", "round_0")]
+              } for _ in range(4)]
+
+    def differ(a, b, form):
+        low, high = stats.ttest_rel(a, b).confidence_interval()
+        return f"{np.mean(a) - np.mean(b):{form}} ({low:{form}} to {high:{form}})"
+    means = {m: [np.mean(s["models"][m]["J"]) for s in seeds] for m in models}
+    lead = {policy: [100 * (row["win"] - row["lose"]) for s in seeds for row in s["comparisons"]
+                     if (row["policy"], row["opponent"]) == (policy, "round_0")]
+            for policy in ("more_1", "joint")}
+    _, table = figures.draw_variants(seeds)
+    found = {row[0]: row for row in table}
+    assert found["L - eta J, eta 1"][1] == (
+        f"{np.mean(means['joint_1']):.3f}, {differ(means['joint_1'], means['vanilla'], '+.3f')}")
+    assert found["PPO under L - eta J against round 0, eval_harmless"][2].startswith(
+        differ(lead["joint"], lead["more_1"], "+.0f"))
+    _, one = figures.draw_variants(seeds[:1])
+    assert len(one) > 4 and not any("(" in row[1] for row in one)  # one seed has no interval
+
+
 def test_wins_counts_ties_as_neither():
     verdicts = {"a": {"b": np.array([1, 0, 0, -1])}}
     assert claims.wins(verdicts, "a", "b", np.arange(4)) == 0.25
