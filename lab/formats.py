@@ -1,8 +1,9 @@
 """Every messy format of preferences, SFT examples and prompts, read row by row.
 
 A SOURCE is a file, a folder of files or a glob of .jsonl, .json, .csv, .tsv (plain, .gz or .zst) or
-.parquet; a folder that datasets' save_to_disk wrote; a hub id `owner/name` or `owner/name:data_dir`
-(all its splits); `toy` or `toy:summary` (the embedded world). The format is found row by row:
+.parquet; a folder that datasets' save_to_disk wrote; a hub id `owner/name`, `owner/name:data_dir`
+or `owner/name:configuration` (all its splits); `toy` or `toy:summary` (the embedded world). The
+format is found row by row:
 
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi ..."}    HH
     {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}      the prompt also as `instruction`,

@@ -94,8 +94,8 @@ def check(sources):
                 die(f"{p}: a file must end in one of {', '.join(SUFFIXES)}, or in one of them and "
                     f"{' or '.join(PACKED)}")
         if not local and s not in TOY and (container(s) or not HUB_ID.fullmatch(s)):
-            die(f"{s} is no file or folder, no hub id (owner/name or owner/name:data_dir), not toy "
-                "and not toy:summary")
+            die(f"{s} is no file or folder, no hub id (owner/name, owner/name:data_dir or "
+                "owner/name:configuration), not toy and not toy:summary")
 
 
 def raw_rows(source, kind, args):
@@ -119,7 +119,9 @@ def raw_rows(source, kind, args):
                 data = data if isinstance(data, dict) else {"": data}
             else:
                 hint = ": it needs the network, or give a local file"
-                data = datasets.load_dataset(name, data_dir=folder or None)
+                known = folder and folder in datasets.get_dataset_config_names(name)
+                data = datasets.load_dataset(name, **{"name" if known else "data_dir":
+                                                      folder or None})
             for split, rows in data.items():
                 yield from ((f"{split}:{n}" if split else n, row) for n, row in enumerate(rows, 1))
     # the libraries raise a dozen types when the network or a file is at fault

@@ -310,6 +310,7 @@ def test_hub_rows_of_all_splits(tmp_path, monkeypatch):
         return {"train": [pair(k + i) for i in range(9)], "test": [pair(k + 50)]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
     out = run(tmp_path / "out", "--preferences", "Anthropic/hh-rlhf", "me/other:part")
     folders = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
     assert asked == [("Anthropic/hh-rlhf", f) for f in folders] + [("me/other", "part")]
@@ -318,6 +319,20 @@ def test_hub_rows_of_all_splits(tmp_path, monkeypatch):
     assert rows["hh-rlhf-helpful-base-train-3"]["task"] == "helpful"
     assert rows["hh-rlhf-harmless-base-test-1"]["task"] == "harmless" and rows["other-part-test-1"][
         "task"] == "general"
+
+
+def test_what_follows_a_hub_id_is_a_configuration_or_a_folder(tmp_path, monkeypatch):
+    """datasets takes a folder of that name for the hub's."""
+    folder = tmp_path / "me/two"
+    for k, part in enumerate(("axis", "comparisons")):
+        (folder / part).mkdir(parents=True)
+        write(folder / part / "train.jsonl", [pair(100 * k + i) for i in range(9 + k)])
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {part}/*.jsonl\n"
+        for name, part in (("first", "axis"), ("second", "comparisons"))) + "---\n")
+    monkeypatch.chdir(tmp_path)
+    for part, n in (("first", 9), ("second", 10)):
+        assert metrics(run(tmp_path / part, "--preferences", f"me/two:{part}"))["kept"] == n
 
 
 # ---------------------------------------------------------------- splits, ids, run.json
