@@ -206,14 +206,16 @@ def write_features(run, models, valid, tokenizer):
     """Figure 11's numbers: for each saved model {name: directory} the t-SNE, silhouettes and probe
     of chosen and rejected features of some validation pairs. → the last one's metrics."""
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
     args = run.args
     drawn = random.Random(args.seed).sample(valid, min(args.tsne_pairs, len(valid)))
     data = {"ids": [g["id"] for g in drawn]}
     for name, path in models.items():
         _, h = common.score_by(path, drawn, args, tokenizer, features=True)     # [N, 2, H]
-        silhouettes, told = overlap(h)
         tsne = TSNE(perplexity=min(30, len(h) / 2), random_state=args.seed)
-        points = tsne.fit_transform(h.flatten(0, 1).numpy())                    # [2N, 2]
+        with threadpool_limits(1):  # its sums depend on the number of threads
+            silhouettes, told = overlap(h)
+            points = tsne.fit_transform(h.flatten(0, 1).numpy())                # [2N, 2]
         data[name] = {"points": points.reshape(-1, 2, 2).round(2).tolist(),     # [pair][c, r]
                       "silhouette": silhouettes.round(4).tolist(), "probe_right": told.tolist()}
     if common.rank() == 0:

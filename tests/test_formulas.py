@@ -23,6 +23,19 @@ seeds = st.integers(0, 2 ** 31 - 1)
 MU = denoise.STRENGTH
 
 
+def test_the_numbers_of_figure_11_do_not_depend_on_the_cores(tmp_path, monkeypatch):
+    from threadpoolctl import threadpool_limits
+    h = torch.randn(150, 2, 112, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(common, "score_by", lambda *a, **more: (None, h))
+    run = SimpleNamespace(dir=tmp_path, args=SimpleNamespace(seed=0, tsne_pairs=150))
+    found = set()
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            contrastive.write_features(run, {"simcse": ""}, [{"id": i} for i in range(150)], None)
+        found.add((tmp_path / "features.json").read_bytes())
+    assert len(found) == 1
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """For tensors this small a second thread only costs time."""
