@@ -56,7 +56,7 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     cp "$here/requirements.txt" "$here/.venv/installed.txt"
   fi
   export VIRTUAL_ENV=$here/.venv PATH=$here/.venv/bin:$PATH
-  activate="source $here/.venv/bin/activate; "  # for commands that are printed, to be pasted
+  activate="source $(printf %q "$here")/.venv/bin/activate; "  # for the commands printed
 fi
 python "$here/lab/environment.py" "$here/requirements.txt" || exit 2
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
@@ -95,7 +95,7 @@ if [ $mode = experiments ]; then
   echo "the page is $out/09_report/index.html"; exit 0
 fi
 # ---- the pipeline: lab/experiments.py says what is to do, in order, and what it will take
-begin=$SECONDS
+begin=$SECONDS page=$out/09_report/index.html
 [ $mode != clean ] || flags+=(--clean)
 plan=$(python "${code}lab/experiments.py" --plan --out "$out" "${flags[@]}" $dry_run) || exit 2
 [ -z "$dry_run" ] || { echo "$plan"; exit 0; }
@@ -116,5 +116,5 @@ while IFS=$'\t' read -r -u 3 do id minutes purpose script; do
 done 3<<<"$plan"
 [ $mode != clean ] || { cat "$out/clean/summary.txt" 2>/dev/null || true; exit 0; }
 [ ! -f "$out/08_evaluate/tables.md" ] || cat "$out/08_evaluate/tables.md"
-echo "everything is in $out/ (page: $out/09_report/index.html, commands: $out/commands.log);" \
-  "$(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"
+echo "everything is in $out/ ($([ ! -f "$page" ] || echo "page: $page, ")commands:" \
+  "$out/commands.log); $(awk "BEGIN { printf \"%.1f\", ($SECONDS - $begin) / 60 }") minutes in all"
