@@ -14,7 +14,8 @@ Reads 03_strength/{train,valid}.jsonl and your files once more, writes clean/:
 A pair in the lowest fifth of strength whose mean mu_hat is below 0 is flipped: chosen and rejected
 have changed places, margin = -mu_hat. Of the others those with mu_hat < 0 are to be softened (label
 smoothing, Eq. 5; TRL has no column for it). All others are kept. The validation pairs are judged by
-the threshold of the training pairs.
+the threshold of the training pairs. Rows that bring their scores along, as the authors' released
+set does, need no models: stages 01 and 02 are left out.
 
     bash run_all.sh clean --preferences mine.jsonl --model my/model --out out_mine [--texts]
 """

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
-from lab import base_model, judges, sources  # noqa: E402
+from lab import base_model, formats, judges, sources  # noqa: E402
 from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
 from lab.manifest import (  # noqa: E402
     finished, other_inputs, read_manifest, recorded_flags)
@@ -79,6 +79,17 @@ def stages_of(args, rounds):
 
 
 # ---------------------------------------------------------------- what run_all.sh is to do
+
+def bring_scores(out, asked):
+    """Whether the preferences bring the scores of voters along: by the first row of those that
+    stage 00 has read, or is to read."""
+    if (made := out / "00_data/train.jsonl").exists():
+        row = common.read_jsonl(made)[0]
+    else:
+        source = sources.parts(asked.preferences[0])[0]
+        row = next(sources.raw_rows(source, "pairs", asked), (0, None))[1]
+    return isinstance(row, dict) and formats.SCORES[0] in formats.present(row)
+
 
 def usual_rounds(preset, limit):
     """Rounds of MetaRM of a pipeline that is not told how many."""
@@ -187,6 +198,9 @@ def plan(args, flags):
         flags = recorded_flags(made)
     again = False
     stages = stages_of(args, rounds)
+    if (args.clean or judges.reads(args)) and bring_scores(out, asked):  # no ensemble's to judge by
+        stages = [s for s in stages if not s[3].startswith(("01", "02") if args.clean else "02")]
+        args.dry_run or print("note\tthe rows bring scores: no model is trained to vote")
     last = max(i for i, (d, *_) in enumerate(stages)
                if not args.to or name_of(d).startswith(args.to))
     judge = shlex.join(word for name in judges.FLAGS if (value := getattr(args, name)) is not None

@@ -14,6 +14,25 @@ def rows_of(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
+def test_rows_that_bring_their_scores_need_no_voters(tmp_path):
+    """Nor an SFT model, to be cleaned; without a judge that reads 08 asks the ensemble."""
+    rows = [{"prompt": f"Why {i}?", "chosen": f"Because {i}.", "rejected": "No.",
+             "chosen score list": [0.1 * i, 1.0], "rejected score list": [1.0, 1.5]}
+            for i in range(40)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--preferences", tmp_path / "x.jsonl", "--out", tmp_path / "out"]
+    lab = ["python", ROOT / "lab/experiments.py", "--plan", *flags]
+    assert "02_rm_ensemble" in run(*lab).stdout
+    read = run(*lab, "--judge", "http://x/v1", "--judge_model", "m", "--dry_run").stdout
+    assert "02_rm_ensemble" not in read and "01_sft" in read and "03_strength" in read
+    run("bash", ROOT / "run_all.sh", "clean", *flags)
+    made = {p.parent.name for p in (tmp_path / "out").glob("*/manifest.json")}
+    assert made == {"00_data", "03_strength", "clean"}
+    assert sum(r["verdict"] == "flip" for r in rows_of(tmp_path / "out/clean/train.jsonl")) > 3
+    again = run("bash", ROOT / "run_all.sh", "clean", *flags).stdout
+    assert again.count("is complete, skipped") == 3
+
+
 @pytest.fixture(scope="module")
 def cleaned(small_run, tmp_path_factory):
     """A small run, voted on again by two models that leave a fold out each, and cleaned."""
