@@ -28,7 +28,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "error: $*" >&2; exit 2; }
 # ---- flags: the driver's and the launcher's own here, all others go to lab/experiments.py
-given=$(printf ' %q' "$@")
+given=${*:+$(printf ' %q' "$@")}
 mode=run out=out stage='' gpus='' hostfile='' dry_run='' restart='' flags=() activate=''
 case ${1:-} in test|status|verify|replay|experiments|clean) mode=$1; shift ;; esac
 while [ $# -gt 0 ] && [ $mode != test ]; do
@@ -84,7 +84,7 @@ launch() {  # a command in a group of its own, so that Ctrl-C reaches its stage 
   wait $child || result=$?
   while kill -0 $child 2>/dev/null; do wait $child || result=$?; done  # a trap ends `wait` early
   [ -z "$stopping" ] && [ $result -ne 75 ] || {
-    echo "stopped; go on with: bash ${code}run_all.sh$given"; exit 75; }
+    echo "stopped; go on with: bash ${quoted}run_all.sh$given"; exit 75; }
   return $result
 }
 if [ $mode = experiments ]; then

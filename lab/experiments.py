@@ -80,15 +80,14 @@ def stages_of(args, rounds):
 
 # ---------------------------------------------------------------- what run_all.sh is to do
 
-def bring_scores(out, asked):
-    """Whether the preferences bring the scores of voters along: by the first row of those that
-    stage 00 has read, or is to read."""
-    if (made := out / "00_data/train.jsonl").exists():
-        row = common.read_jsonl(made)[0]
-    else:
-        source = sources.parts(asked.preferences[0])[0]
-        row = next(sources.raw_rows(source, "pairs", asked), (0, None))[1]
-    return isinstance(row, dict) and formats.SCORES[0] in formats.present(row)
+def bring_scores(asked):
+    """Whether every row of the preferences brings the scores of voters along."""
+    def scored(row):
+        with contextlib.suppress(sources.Bad):
+            return isinstance(row, dict) and \
+                formats.SCORES[0] in formats.carried(formats.present(row))
+    return all(scored(row) for source in asked.preferences for part in sources.parts(source)
+               for _, row in sources.raw_rows(part, "pairs", asked))
 
 
 def usual_rounds(preset, limit):
@@ -160,6 +159,13 @@ def check_data(out, flags, check_model=False):
     return args
 
 
+def check_named(args, stages):
+    """Stop when --from or --to names none of the stages."""
+    for flag, value in (("--from", args.start), ("--to", args.to)):
+        if value and not any(name_of(d).startswith(value) for d, *_ in stages):
+            die(f"{flag} {value} is no stage of this run (00_data, 04, 07_metarm/round_2, ...)")
+
+
 def show_resolved(command, preset):
     """Print a command and, by its stage, the hyperparameters that it resolves to."""
     script, *flags = shlex.split(command)
@@ -176,9 +182,7 @@ def plan(args, flags):
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # paths are to be run
     out, first = Path(args.out), args.start or "no"
     run, stages = {}, stages_of(args, args.rounds or 99)
-    for flag, value in (("--from", args.start), ("--to", args.to)):
-        if value and not any(name_of(d).startswith(value) for d, *_ in stages):
-            die(f"{flag} {value} is no stage (00_data, 04, 07_metarm/round_2, ...)")
+    check_named(args, stages)
     if (out / "seed_0/run.json").exists():
         die(f"{out} holds experiments: give another --out")
     if out.exists() and not args.dry_run:
@@ -198,9 +202,11 @@ def plan(args, flags):
         flags = recorded_flags(made)
     again = False
     stages = stages_of(args, rounds)
-    if (args.clean or judges.reads(args)) and bring_scores(out, asked):  # no ensemble's to judge by
-        stages = [s for s in stages if not s[3].startswith(("01", "02") if args.clean else "02")]
-        args.dry_run or print("note\tthe rows bring scores: no model is trained to vote")
+    if args.clean and not args.dry_run and bring_scores(
+            import_module("00_data").parse([*flags, "--out", args.out])):
+        stages = [s for s in stages if not s[3].startswith(("01", "02"))]
+        print("note\tthe rows bring scores: no model is trained to vote")
+    check_named(args, stages)
     last = max(i for i, (d, *_) in enumerate(stages)
                if not args.to or name_of(d).startswith(args.to))
     judge = shlex.join(word for name in judges.FLAGS if (value := getattr(args, name)) is not None

@@ -759,7 +759,7 @@ def draw_variants(seeds, within=0.01):
         "style": {text: {"linestyle": "none", "marker": "o"} for text in kinds},
         "level": np.mean(value["vanilla"][2]), "xlabel": titles[0], "ylabel": titles[2]})
     table = [["model (difference from the vanilla RM, 95 % interval over seeds)", *titles],
-             ["vanilla RM", *map(cell, value["vanilla"])]]
+             ["vanilla RM", *(f"{np.mean(v):.3f}" for v in value["vanilla"])]]
 
     def measured(m):
         return [f"{np.mean(v):.3f}, {beside(v, vanilla)}"
@@ -777,16 +777,19 @@ def draw_variants(seeds, within=0.01):
     table.append(["rank correlation of J and tau over the models", "", "", f"{order:.2f}"])
     names = {"round_1": "MetaRM", "more_1": "the vanilla RM once more", **VARIANTS,
              "weights": "pair weights, eta 1", "weights_mild": "pair weights, eta 0.1"}
-    leads = {}
-    for row in [row for d in seeds for row in d["comparisons"] if row["opponent"] == "round_0"]:
-        leads.setdefault((row["set"], row["policy"]), []).append(100 * (row["win"] - row["lose"]))
-    sets = {name for name, policy in leads if policy in VARIANTS}  # the summary task's has none
-    return show(panels, width=3.6), table + [
-        [f"PPO under {names[policy]} against round 0, {name}",
-         f"win minus lose {np.mean(lead):.0f}", "" if policy == "more_1" else
-         f"{beside(lead, leads[name, 'more_1'], '+.0f')} from {names['more_1']}", ""]
-        for (name, policy), lead in leads.items()
-        if policy in names and name in sets and (name, "more_1") in leads]
+    leads = [{(row["set"], row["policy"]): 100 * (row["win"] - row["lose"])
+              for row in d["comparisons"] if row["opponent"] == "round_0"} for d in seeds]
+    shown = dict.fromkeys(key for of in leads for key in of if key[1] in names)
+    sets = {name for name, policy in shown if policy in VARIANTS}  # the summary task's has none
+    for name, policy in [key for key in shown if key[0] in sets]:
+        pairs = [(of[name, policy], of[name, "more_1"]) for of in leads
+                 if {(name, policy), (name, "more_1")} <= of.keys()]
+        lead = np.mean([of[name, policy] for of in leads if (name, policy) in of])
+        table.append([
+            f"PPO under {names[policy]} against round 0, {name}",
+            f"win minus lose {round(lead)} points", f"{beside(*zip(*pairs), '+.1f')} from "
+            f"{names['more_1']}" if pairs and policy != "more_1" else "", ""])
+    return show(panels, width=3.6), table
 
 
 def draw_overoptimised(seeds):

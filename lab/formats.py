@@ -409,10 +409,8 @@ def join(history, side):
 def read_side(value, history, name):
     """(messages or a templated prompt, the assistant's message) of one side, `parsed`."""
     if is_texts(value):
-        if isinstance(history, list) and len(value) > 1 and (len(value) % 2 or not held(
-                history[-1]["content"], " ".join(value))):
-            raise Bad(f"`{name}` has {len(value)} texts that do not repeat the prompt: a row holds "
-                      "one response on each side")
+        if history is not None and len(value) % 2 and len(value) > 1:
+            raise Drop("prompts differ")
         value = value[0] if history is not None and len(value) == 1 else alternate(value)
     if not isinstance(value, str):
         side = messages(value, name)
@@ -722,11 +720,15 @@ def divide(row, style):
     came = take_sides(row)
     values = without_prompt(row, came, style)
     history, sides, drop = take_history(row, style, all(map(is_dialogue, came))), [], None
-    for name, value in zip(("chosen", "rejected"), parsed_sides(row, values, history)):
+    values = parsed_sides(row, values, history)
+    for name, value in zip(("chosen", "rejected"), values):
         try:
             sides.append(read_side(value, history, name))
         except Drop as reason:  # the other side must be readable all the same
             drop = drop or reason
+    if drop and len({is_texts(v) and len(v) > 1 for v in values}) > 1:
+        raise Bad("one side has several texts, which are no dialogue with this prompt: a row holds "
+                  "one response on each side")
     if drop:
         raise drop
     (before, chosen), (other, rejected) = sides

@@ -119,9 +119,12 @@ def raw_rows(source, kind, args):
                 data = data if isinstance(data, dict) else {"": data}
             else:
                 hint = ": it needs the network, or give a local file"
-                known = folder and folder in datasets.get_dataset_config_names(name)
-                data = datasets.load_dataset(name, **{"name" if known else "data_dir":
-                                                      folder or None})
+                try:
+                    data = datasets.load_dataset(name, data_dir=folder or None)
+                except (ValueError, OSError):
+                    if not folder:
+                        raise
+                    data = datasets.load_dataset(name, name=folder)
             for split, rows in data.items():
                 yield from ((f"{split}:{n}" if split else n, row) for n, row in enumerate(rows, 1))
     # the libraries raise a dozen types when the network or a file is at fault

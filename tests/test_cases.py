@@ -86,7 +86,13 @@ ROWS = [
     ("messages beside another prompt", {"prompt": [user("X")], **BOTH}, "prompts differ"),
     ("texts in lists beside a prompt", {"prompt": Q, "chosen": [A], "rejected": [B]}, HH),
     ("several responses on a side", {"prompt": Q, "chosen": A, "rejected": [B, "So."]},
-     "`rejected` has 2 texts"),
+     "one side has several texts"),
+    ("several responses on a side, one in a list", {
+        "prompt": Q, "chosen": [A], "rejected": [B, "So.", "No."]}, "one side has several texts"),
+    ("dialogues with another prompt in lists of texts", {
+        "prompt": Q, "chosen": ["Why?", A], "rejected": ["Why?", B]}, "prompts differ"),
+    ("an answered prompt beside lists of texts", {
+        "messages": [user(), says(A)], "chosen": [Q, A], "rejected": [Q, B]}, HH),
     ("whole dialogues in lists of texts beside a prompt", {
         "prompt": Q, "chosen": ["Hi", "Hello.", Q, A], "rejected": ["Hi", "Hello.", Q, B]}, TALK),
     ("a prompt of texts", {"prompt": ["Hi", "Hello.", Q], **AB}, TALK),

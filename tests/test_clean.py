@@ -15,17 +15,25 @@ def rows_of(path):
 
 
 def test_rows_that_bring_their_scores_need_no_voters(tmp_path):
-    """Nor an SFT model, to be cleaned; without a judge that reads 08 asks the ensemble."""
+    """Nor an SFT model, to be cleaned; the whole pipeline's 08 asks the ensemble."""
     rows = [{"prompt": f"Why {i}?", "chosen": f"Because {i}.", "rejected": "No.",
              "chosen score list": [0.1 * i, 1.0], "rejected score list": [1.0, 1.5]}
             for i in range(40)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = [{**rows[0], "chosen score list": []}, *({k: row[k] for k in (
+        "prompt", "chosen", "rejected")} for row in rows[1:])]
+    for name, some in (("x", rows), ("mixed", rows[:30] + plain[30:]), ("plain", plain)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     flags = ["--preferences", tmp_path / "x.jsonl", "--out", tmp_path / "out"]
-    lab = ["python", ROOT / "lab/experiments.py", "--plan", *flags]
-    assert "02_rm_ensemble" in run(*lab).stdout
-    read = run(*lab, "--judge", "http://x/v1", "--judge_model", "m", "--dry_run").stdout
-    assert "02_rm_ensemble" not in read and "01_sft" in read and "03_strength" in read
+
+    def plan(*more):
+        return run("python", ROOT / "lab/experiments.py", "--plan", *more, check=False).stdout
+    assert "02_rm_ensemble" in plan(*flags)
     run("bash", ROOT / "run_all.sh", "clean", *flags)
+    other = ["--clean", "--out", tmp_path / "out", "--from", "00", "--preferences"]
+    for name in ("mixed", "plain"):
+        assert "02_rm_ensemble" in plan(*other, tmp_path / f"{name}.jsonl")
+    assert "02_rm_ensemble" not in plan(*other, tmp_path / "x.jsonl")
+    assert "--to 02 is no stage of this run" in plan("--clean", *flags, "--to", "02")
     made = {p.parent.name for p in (tmp_path / "out").glob("*/manifest.json")}
     assert made == {"00_data", "03_strength", "clean"}
     assert sum(r["verdict"] == "flip" for r in rows_of(tmp_path / "out/clean/train.jsonl")) > 3

@@ -310,7 +310,6 @@ def test_hub_rows_of_all_splits(tmp_path, monkeypatch):
         return {"train": [pair(k + i) for i in range(9)], "test": [pair(k + 50)]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
     out = run(tmp_path / "out", "--preferences", "Anthropic/hh-rlhf", "me/other:part")
     folders = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
     assert asked == [("Anthropic/hh-rlhf", f) for f in folders] + [("me/other", "part")]

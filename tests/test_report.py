@@ -194,7 +194,15 @@ def test_variants_are_told_from_the_vanilla_model_by_pairs_of_one_seed():
     assert found["L - eta J, eta 1"][1] == (
         f"{np.mean(means['joint_1']):.3f}, {differ(means['joint_1'], means['vanilla'], '+.3f')}")
     assert found["PPO under L - eta J against round 0, eval_harmless"][2].startswith(
-        differ(lead["joint"], lead["more_1"], "+.0f"))
+        differ(lead["joint"], lead["more_1"], "+.1f"))
+    fewer = [{**s, "comparisons": [r for r in s["comparisons"] if k or r["policy"] != "joint"]}
+             for k, s in enumerate(seeds)]  # the first seed has no such policy
+    row = {r[0]: r for r in figures.draw_variants(fewer)[1]}[
+        "PPO under L - eta J against round 0, eval_harmless"]
+    assert row[2].startswith(differ(lead["joint"][1:], lead["more_1"][1:], "+.1f"))
+    alone = [{**s, "comparisons": [r for r in s["comparisons"] if r["policy"] == "joint"]}
+             for s in seeds]
+    assert [r[2] for r in figures.draw_variants(alone)[1] if r[0].startswith("PPO")] == [""]
     _, one = figures.draw_variants(seeds[:1])
     assert len(one) > 4 and not any("(" in row[1] for row in one)  # one seed has no interval
 
