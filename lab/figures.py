@@ -742,7 +742,7 @@ def draw_16(seeds):
 
 
 def draw_variants(seeds, within=0.01):
-    """With the differences from the vanilla model, and from PPO under it once more."""
+    """MetaRM and its variants beside the vanilla model; PPO under them beside PPO under it."""
     models = {m: v for m, v in seeds[0]["models"].items() if all(m in d["models"] for d in seeds)}
     value = {m: [[np.mean(d["models"][m][key]) for d in seeds] for key in ("J", "accuracy", "tau")]
              for m in models}
