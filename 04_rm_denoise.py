@@ -107,7 +107,8 @@ def train_method(args, name, rows, valid_rows, gold, sft, tokenizer):
     def evaluate(step):
         """Accuracy on the three validation sets and on training pairs, under their own labels;
         after each epoch on those of gold, if there are any."""
-        epoch, before = (int(args.epochs * s / steps) for s in (step, step - args.eval_every))
+        last = scores[-1]["step"] if scores else 0
+        epoch, before = (int(args.epochs * s / steps) for s in (step, last))
         sets = {"valid": valid, "train": watched}
         sets |= {"gold": gold} if gold and step and (epoch > before or step == steps) else {}
         rewards = {split: rm.score(groups) for split, groups in sets.items()}   # [N, 2] each

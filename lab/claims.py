@@ -30,8 +30,9 @@ METHODS = [name for name in figures.METHODS if name != "baseline"]
 
 def truth(curves):
     """Where accuracy is measured: the pairs labelled by gold, else the validation pairs as the
-    judge labels them."""
-    return "gold" if "gold" in next(iter(curves.values()))["right"] else "judge"
+    judge labels them, else as they came."""
+    right = next(iter(curves.values()))["right"]
+    return next(kind for kind in ("gold", "judge", "original") if kind in right)
 
 
 def final(curves, pick, kind=None):
@@ -107,7 +108,7 @@ def strongest_order(d, pick):
 
 
 def margin_helps(d, pick):
-    result = final({name: d["figure_07"][name] for name in ("baseline", "margin")}, pick)
+    result = final({name: d["figure_07"][name] for name in figures.NOISY}, pick)
     return result["margin"] - result["baseline"]
 
 
@@ -132,7 +133,7 @@ def less_overfitting(d, pick):
 
 def noisy_set_leaders(d, pick):
     result = final(d["figure_08"], pick, "original")
-    return np.mean([result[f"{n}_3_epochs"] for n in ("baseline", "margin")]) - np.mean(
+    return np.mean([result[f"{n}_3_epochs"] for n in figures.NOISY]) - np.mean(
         [result[f"{n}_3_epochs"] for n in figures.DENOISING])
 
 

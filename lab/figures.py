@@ -27,7 +27,8 @@ if "matplotlib.pyplot" not in sys.modules:  # else a notebook has chosen how it 
 import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = ["baseline", "flip", "margin", "flip_margin", "soft_margin"]  # of stage 04
-DENOISING = [name for name in METHODS if name not in ("baseline", "margin")]
+NOISY = ["baseline", "margin"]
+DENOISING = [name for name in METHODS if name not in NOISY]
 CONTRASTIVE = ["simcse", "simcse_diff", "swav", "swav_diff"]            # of stage 05
 # lab/metarm_variants.py's; and what PPO without KL penalty was run under
 VARIANTS = {"eta": "MetaRM", "theta_prime": "theta' served", "weights": "pair weights",
@@ -166,12 +167,13 @@ def data_03(run):
     return found
 
 
-def data_08(run):
-    """The five methods over three epochs; where only the default run was made, over its one."""
+def data_08(run, names=METHODS, beside=()):
+    """Models over three epochs, and those `beside` them; where only the default run was made, the
+    models over its one."""
     try:
-        return curves(run, *(f"{name}_3_epochs" for name in METHODS))
+        return curves(run, *beside, *(f"{name}_3_epochs" for name in names))
     except Missing:
-        return curves(run, *METHODS)
+        return curves(run, *names)
 
 
 def data_11(run):
@@ -879,9 +881,7 @@ DRAWN = {
                   draw_models),
     "figure_06": (lambda run: curves(run, *(f"tenth_10{s}" for s in (
         "", "_soft", "_margin", "_soft_margin"))), draw_models),
-    "figure_07": (
-        lambda run: curves(run, "baseline", "margin", "baseline_3_epochs", "margin_3_epochs"),
-        draw_models),
+    "figure_07": (lambda run: data_08(run, NOISY, NOISY), draw_models),
     "figure_08": (data_08, draw_08),
     "figure_09": (lambda run: ppo(run, *METHODS), draw_ppo),
     "figure_10": (lambda run: evaluated(run, METHODS, ("eval_",)),

@@ -229,8 +229,9 @@ class Stage:
                 self.noted.setdefault(name, []).append(value)
 
     def due(self, step):
-        """Whether a step is to be evaluated after: every --eval_every steps, and the last."""
-        return step % self.args.eval_every == 0 or step == self.total
+        """Whether a step is to be evaluated after: each --eval_every-th, and an epoch's last."""
+        e = getattr(self.args, "epochs", 1)
+        return 0 in (step % self.args.eval_every, step - self.total) or step * e % self.total < e
 
     def log(self, step, quiet=False, **values):
         """A line of metrics.jsonl, printed unless `quiet`: the values, and the step's noted numbers
@@ -245,8 +246,7 @@ class Stage:
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                              for k, v in values.items())
             if not quiet:  # in a log file tqdm.write would repeat the bar
-                show = tqdm.write if sys.stderr.isatty() else log
-                show(f"  {self.name} step {step}: {text}")
+                (tqdm.write if sys.stderr.isatty() else log)(f"  {self.name} step {step}: {text}")
         return result
 
     def finish(self, run=None, **metrics):

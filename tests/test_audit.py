@@ -195,7 +195,8 @@ def test_models_side_by_side_killed_and_stopped(small_run, run_copy, tmp_path):
         assert outputs[0] == outputs[1]
         events = EventAccumulator(str(folder)).Reload().Scalars("accuracy_original")
         steps = [json.loads(line)["step"] for line in open(folder / "metrics.jsonl")]
-        assert [e.step for e in events] == steps and len(steps) == 2  # of three processes, as one
+        # of three processes, as one: the start and each epoch's end
+        assert [e.step for e in events] == steps and len(steps) == 6
 
 
 def test_the_driver_passes_a_signal_on(copy, tmp_path):

@@ -2,7 +2,7 @@
 tables of results/README.md are those of the record.
 
 `python tests/test_readme.py [out]` writes the map and the tables anew, after recording the finished
-experiments of `out` in results/toy/.
+experiments of `out` in results/toy/, or the run on HH-RLHF that it is in results/hh_smollm2/.
 """
 import json
 import re
@@ -14,10 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from lab import page, reader  # noqa: E402
+from lab import formats, page, reader  # noqa: E402
 from lab.manifest import finished, in_order  # noqa: E402
 
-README, RECORD, TOY = ROOT / "README.md", ROOT / "results/README.md", ROOT / "results/toy"
+README, RECORD = ROOT / "README.md", ROOT / "results/README.md"
+TOY, HH = ROOT / "results/toy", ROOT / "results/hh_smollm2"
 DRAWN = "lab/figures.toml"
 # label: (file, text of the line, what); Figure 18 has no line
 MAP = {e["name"]: (*e["at"], e["what"]) if "at" in e else (None, None, e["what"])
@@ -44,27 +45,33 @@ def the_map():
     return "\n".join(rows)
 
 
-def recorded(name):
-    return json.loads((TOY / f"{name}.json").read_text())
+def recorded(name, folder=TOY):
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def ledger():
-    """The verdict on each claim."""
-    lines = ["| claim | | verdict | measured, 95 % interval | holds if |", "|---|---|---|---|---|"]
-    for e in recorded("ledger")["claims"]:
-        quantity = e["quantity"].replace("|", "\\|")
-        lines.append(f"| {e['id']} | {e['claim']} | **{e['verdict']}** | {quantity}: "
-                     f"{page.number(e['mean'])} ({page.span(e)}) | {page.bounds(e['criterion'])} |")
-    return "\n".join(lines)
+    """The verdict on each claim, and what one run on real data has measured of it."""
+    def measured(e):
+        return f"{page.number(e['mean'])} ({page.span(e)})" if "values" in e else ""
+    real = {e["id"]: measured(e) for e in recorded("ledger", HH)["claims"]}
+    n = recorded("metrics", HH)["out_hh"]["00_data"]["rows"]["train"]
+    rows = [["claim", "", "verdict", "measured, 95 % interval", "holds if",
+             f"HH-RLHF, SmolLM2-135M, n = {n:,}"]]
+    rows += [[e["id"], e["claim"], f"**{e['verdict']}**",
+              f"{e['quantity']}: {measured(e)}".replace("|", "\\|"), page.bounds(e["criterion"]),
+              real[e["id"]]] for e in recorded("ledger")["claims"]]
+    return markdown(rows)
 
 
 def runs():
     """What made the record."""
-    lines = [f"- {run[0]}: {run[-3]} minutes of stages, {run[-2]}; head `{run[-1]}`"
-             for run in recorded("ledger")["runs"][1:]]
-    commits = ", ".join(c[:7] for c in recorded("metrics")["git_commits"])
-    return "\n".join([f"Commits {commits}, commands in `results/toy/commands.txt`, heads as "
-                      "`run_all.sh verify` prints them:", "", *lines])
+    lines = ["Heads as `run_all.sh verify` prints them."]
+    for folder in (TOY, HH):
+        commits = ", ".join(c[:7] for c in recorded("metrics", folder)["git_commits"])
+        lines += ["", f"Commits {commits}, commands in `results/{folder.name}/commands.txt`:", "",
+                  *(f"- {run[0]}: {run[-3]} minutes of stages, {run[-2]}; head `{run[-1]}`"
+                    for run in recorded("ledger", folder)["runs"][1:])]
+    return "\n".join(lines)
 
 
 def markdown(rows):
@@ -142,19 +149,20 @@ def test_commands_are_taken_by_their_scripts(tmp_path):
 
 
 def record(out):
-    """results/toy/ from finished experiments and their report."""
-    shutil.rmtree(TOY, ignore_errors=True)
-    TOY.mkdir(parents=True)
+    """results/ from a finished run or experiments, and their report; no text, no weights."""
+    runs = [path.parent for path in sorted(out.glob("*/run.json"))]
+    folder, runs = (TOY, runs) if runs else (HH, [out])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for name in ("ledger.json", "tables.json"):
-        shutil.copy(out / "09_report" / name, TOY)
+        shutil.copy(out / "09_report" / name, folder)
     for path in (out / "09_report/figures").glob("*.png"):
-        shutil.copy(path, TOY)
-    manifests = {run.parent.name: {
-        name: json.loads((run.parent / name / "manifest.json").read_text())
-        for name in finished(run.parent)} for run in sorted(out.glob("*/run.json"))}
+        shutil.copy(path, folder)
+    manifests = {run.name: {name: json.loads((run / name / "manifest.json").read_text())
+                            for name in finished(run)} for run in runs}
     commits = sorted({m["git_commit"] for stages in manifests.values() for m in stages.values()})
-    (TOY / "metrics.json").write_text(json.dumps({
-        "git_commits": commits, "packages": manifests["seed_0"]["00_data"]["packages"],
+    (folder / "metrics.json").write_text(json.dumps({
+        "git_commits": commits, "packages": manifests[runs[0].name]["00_data"]["packages"],
         **{run: {name: m["metrics"] for name, m in stages.items()}
            for run, stages in manifests.items()}}, indent=1) + "\n")
     lines = []
@@ -162,9 +170,13 @@ def record(out):
         for name in in_order(stages):
             words = [w for w in shlex.split(stages[name]["command"])
                      if not w.startswith("--local_rank")]
-            words[words.index("--out") + 1] = f"out/{run}"
+            words[words.index("--out") + 1] = run if folder == HH else f"out/{run}"
             lines.append(shlex.join(["deepspeed", *words]) + "\n")
-    (TOY / "commands.txt").write_text("".join(dict.fromkeys(lines)))
+    (folder / "commands.txt").write_text("".join(dict.fromkeys(lines)))
+    if folder == HH:  # for whoever has the pairs
+        scores = [{k: row[k] for k in ("id", *formats.SCORES)} for split in ("train", "valid") for
+                  row in map(json.loads, (out / f"03_strength/{split}.jsonl").open())]
+        (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 from scipy import stats
 
 from lab import base, claims, experiments, figures, page as pages
+from lab.record import Stage
 
 sys.path.insert(0, str(ROOT / "lessons"))
 import lesson  # noqa: E402
@@ -103,12 +104,24 @@ def test_interval_of_constants_is_a_point():
 
 def test_accuracy_is_on_gold_s_labels_where_there_are_any():
     gold = np.array([[1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])
-    curve = {"step": [0, 50, 100], "gold_step": [36, 66, 100],
+    curve = {"step": [0, 36, 100], "gold_step": [36, 66, 100],
              "right": {"judge": np.array([[0, 0]] * 3), "gold": gold}}
     assert claims.final({"a": curve}, np.arange) == {"a": 1.0}
     assert claims.late_change(curve, np.arange(4), "gold") == 0.5
     del curve["right"]["gold"]
     assert claims.final({"a": curve}, np.arange) == {"a": 0.0}
+    curve["right"] = {"original": np.array([[0, 1], [0, 1], [1, 1]])}  # nothing else is known
+    assert claims.final({"a": curve}, np.arange) == {"a": 1.0}
+    assert claims.late_change(curve, np.arange(2), claims.truth({"a": curve})) == 0.5
+
+
+@pytest.mark.parametrize("epochs, total", [(3.0, 288), (2.5, 239), (1.667, 159), (1.0, 96)])
+def test_each_epoch_s_last_step_is_evaluated_whatever_eval_every_is(epochs, total):
+    stage = SimpleNamespace(args=SimpleNamespace(eval_every=10**6, epochs=epochs), total=total)
+    ends = {math.ceil(total * k / epochs) for k in range(1, int(epochs) + 1)}
+    assert [s for s in range(1, total + 1) if Stage.due(stage, s)] == sorted(ends | {total})
+    del stage.args.epochs  # PPO has steps only
+    assert [s for s in range(1, total + 1) if Stage.due(stage, s)] == [total]
 
 
 def test_prompts_without_a_verdict_are_left_out():
@@ -587,8 +600,8 @@ def test_a_single_run_without_gold_gets_a_page(page, tmp_path, browser):
     assert paper < claims_ < absent_ < text.index("id=table_1") and text.count("id=absent") == 1
     verdicts = {e["id"]: e["verdict"] for e in entries}
     assert set(verdicts.values()) == {"open", "not measured"}
-    assert all(verdicts[c] == "not measured"
-               for c in ("C3", "C4", "C7", "C9", "C10")) and verdicts["C11"] == "open"
+    assert verdicts["C3"] == "not measured"  # the others take the labels as they came
+    assert all(verdicts[c] == "open" for c in ("C4", "C7", "C9", "C10", "C11"))
 
 
 def test_the_page_of_a_run_that_goes_on(page, tmp_path):
