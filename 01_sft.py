@@ -29,7 +29,7 @@ HPARAMS = {
     "eval_batch_size": (8, 8, 64, "examples per process when evaluating"),
     "lr": (2e-5, 1e-5, 8e-3, "peak learning rate"),
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 20, 500, "steps between evaluations"),
+    "eval_every": (500, 20, 500, "steps between evaluations, beside each epoch's end"),
     "vocab_size": (0, 0, 2048, "size of the trained tokenizer, --model tiny only"),
     "hidden_size": (0, 0, 112, "--model tiny only"),
     "layers": (0, 0, 2, "--model tiny only"),

@@ -38,7 +38,7 @@ HPARAMS = {
     "eval_batch_size": (8, 8, 64, "pairs per process when evaluating"),
     "lr": (5e-6, 5e-5, 1e-3, "peak learning rate"),
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 50, 25, "steps between evaluations on the three validation sets"),
+    "eval_every": (500, 50, 25, "steps between evaluations, beside each epoch's end"),
     **common.TRAINING,
 }
 METHODS = {

@@ -38,7 +38,7 @@ HPARAMS = {
     "eval_batch_size": (8, 8, 64, "pairs per process when evaluating"),
     "lr": (5e-6, 5e-5, 1e-3, "peak learning rate"),
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 50, 50, "steps between evaluations"),
+    "eval_every": (500, 50, 50, "steps between evaluations, beside each epoch's end"),
     "dropout": (0.05, 0.05, 0.05, "dropout that makes the two views"),
     "simcse_beta": (1.0, 1.0, 1.0, "weight of L_cl, SimCSE"),
     "simcse_tau": (0.05, 0.05, 0.05, "temperature tau of Eq. 9"),

@@ -46,7 +46,7 @@ HPARAMS = {
     "eval_batch_size": (8, 8, 64, "groups per process when evaluating"),
     "lr": (5e-6, 5e-5, 1e-3, "alpha, peak learning rate"),
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
-    "eval_every": (500, 50, 25, "steps between evaluations"),
+    "eval_every": (500, 50, 25, "steps between evaluations, beside each epoch's end"),
     "equation_17": (0, 0, 6, "batches of four to measure Eq. 17 on (second derivatives)"),
     "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
     "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),

@@ -216,7 +216,7 @@ def epoch_end(steps, epoch, epochs=3):
     one."""
     distance = np.abs(np.array(steps) - steps[-1] * epoch / epochs)
     if distance.min() > max(1, steps[-1] / epochs / 4):
-        raise Missing(f"no evaluation near the end of epoch {epoch}: lower --eval_every")
+        raise Missing(f"no evaluation near the end of epoch {epoch}: train it again")
     return int(distance.argmin())
 
 

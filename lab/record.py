@@ -229,9 +229,9 @@ class Stage:
                 self.noted.setdefault(name, []).append(value)
 
     def due(self, step):
-        """Whether a step is to be evaluated after: each --eval_every-th, and an epoch's last."""
-        e = getattr(self.args, "epochs", 1)
-        return 0 in (step % self.args.eval_every, step - self.total) or step * e % self.total < e
+        """Whether to evaluate after a step: each --eval_every-th, and the last of each epoch."""
+        epoch = [int(getattr(self.args, "epochs", 1) * s / self.total) for s in (step - 1, step)]
+        return step % self.args.eval_every == 0 or step == self.total or epoch[0] < epoch[1]
 
     def log(self, step, quiet=False, **values):
         """A line of metrics.jsonl, printed unless `quiet`: the values, and the step's noted numbers
