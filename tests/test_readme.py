@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from lab import page, reader  # noqa: E402
+from lab import formats, page, reader  # noqa: E402
 from lab.manifest import finished, in_order  # noqa: E402
 
 README, RECORD = ROOT / "README.md", ROOT / "results/README.md"
@@ -176,6 +176,10 @@ def record(out):
             words[words.index("--out") + 1] = run if folder == HH else f"out/{run}"
             lines.append(shlex.join(["deepspeed", *words]) + "\n")
     (folder / "commands.txt").write_text("".join(dict.fromkeys(lines)))
+    if folder == HH:  # for whoever has the pairs
+        scores = [{k: row[k] for k in ("id", *formats.SCORES)} for split in ("train", "valid") for
+                  row in map(json.loads, (out / f"03_strength/{split}.jsonl").open())]
+        (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
 
 
 if __name__ == "__main__":
