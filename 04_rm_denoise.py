@@ -13,7 +13,7 @@ after each epoch those of gold.jsonl too: {"step", "valid": {id: [r_c, r_r]}, "t
                      every pair (Figure 6)
 
 and --percentile LO HI trains on a slice by strength: Figures 4 to 6 and 21 to 25 (listed in
-lab/experiments.py). Figures 7, 8 and 26 to 28 are of the five methods on all pairs.
+lab/experiments.py). Figures 7, 8, 19, 20 and 26 to 28 are of the five methods on all pairs.
 
 Departures from the paper: (1) the margin of a flipped pair is -mu_hat; (2) with margin and
 smoothing together both terms of Eq. 5 use p = sigma(r_c - r_r - mu_hat); (3) alpha is not in the

@@ -27,7 +27,7 @@ if "matplotlib.pyplot" not in sys.modules:  # else a notebook has chosen how it 
 import matplotlib.pyplot as plt  # noqa: E402
 
 METHODS = ["baseline", "flip", "margin", "flip_margin", "soft_margin"]  # of stage 04
-NOISY = ["baseline", "margin"]
+NOISY = ["baseline", "margin"]  # trained on the labels as they came
 DENOISING = [name for name in METHODS if name not in NOISY]
 CONTRASTIVE = ["simcse", "simcse_diff", "swav", "swav_diff"]            # of stage 05
 # lab/metarm_variants.py's; and what PPO without KL penalty was run under
