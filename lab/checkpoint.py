@@ -15,8 +15,9 @@ from lab.base import (barrier, code_hashes, die, gather_rows, log, rank, read_js
 
 def newest(directory):
     """checkpoint.json of the newest complete checkpoint of a partial directory, or {}."""
-    found = sorted(directory.glob("checkpoint_*/checkpoint.json"), key=os.path.getmtime)
-    return {**read_json(found[-1]), "folder": found[-1].parent.name} if found else {}
+    found = [{**read_json(path), "folder": path.parent.name}
+             for path in directory.glob("checkpoint_*/checkpoint.json")]
+    return max(found, key=lambda made: made["step"], default={})
 
 
 def save(stage, step):
