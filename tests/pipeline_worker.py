@@ -25,9 +25,6 @@ STAGES = [  # what is complete at its end, script, flags
     ("06_ppo/round_1", "06_ppo", ["--round", 1, *OFTEN]), ("08_evaluate", "08_evaluate", []),]
 
 if __name__ == "__main__":
-    import deepspeed  # noqa: F401  (seconds, before the clock of the kill test starts)
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    print("READY", flush=True)
     Path(out).mkdir(exist_ok=True)
     for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
         for manifest in Path(out).glob(pattern):
