@@ -16,6 +16,7 @@ from lab.record import (  # noqa: F401  (first: it sets the environment; a stage
     replace_attention, save_checkpoint, save_stock, set_seed, setup, side_by_side, subset,
     user_files, world_size, write_jsonl, write_text)
 
+import numpy
 import torch
 import torch.nn.functional as F
 import transformers
@@ -119,15 +120,14 @@ def collate(groups, pad_id, layout="shared"):
     flat = [r for g in groups for r in g["responses"]]                  # B*K responses
     L, T = max(map(len, rows)), max(map(len, flat))
     def padded(lists, value, length):
-        return torch.tensor([x + [value] * (length - len(x)) for x in lists])
-    index = [[row * L + (last if t == 0 else min(start + t, L) - 1) for t in range(T)]
-             for row, last, start in starts]
-    ends = [row * L + start + len(r) - 1 for (row, _, start), r in zip(starts, flat)]
+        return torch.from_numpy(numpy.array([x + [value] * (length - len(x)) for x in lists]))
+    row, last, start = torch.tensor(starts).T.unsqueeze(-1)             # [B*K, 1] each
+    t, lengths = torch.arange(T), torch.tensor([[len(r)] for r in flat])
+    index = row * L + torch.where(t == 0, last, (start + t).clamp(max=L) - 1)
     batch = {"input_ids": padded(rows, pad_id, L), "position_ids": padded(positions, 0, L),
              "response_ids": padded(flat, pad_id, T).view(shape := (len(groups), -1, T)),
-             "mask": torch.tensor([[t < len(r) for t in range(T)] for r in flat]).view(shape),
-             "predict_index": torch.tensor(index).view(shape),
-             "last_index": torch.tensor(ends).view(shape[:2])}
+             "mask": (t < lengths).view(shape), "predict_index": index.view(shape),
+             "last_index": (row * L + start + lengths - 1).view(shape[:2])}
     batch |= {name: torch.tensor([g[name] for g in groups]) for name in LABELS if name in groups[0]}
     batch = {k: v.to(device()) for k, v in batch.items()}
     if shared:
