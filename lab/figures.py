@@ -167,7 +167,7 @@ def data_03(run):
     return found
 
 
-def data_08(run, names=METHODS, beside=()):
+def data_epochs(run, names=METHODS, beside=()):
     """Models over three epochs, and those `beside` them; where only the default run was made, the
     models over its one."""
     try:
@@ -881,8 +881,8 @@ DRAWN = {
                   draw_models),
     "figure_06": (lambda run: curves(run, *(f"tenth_10{s}" for s in (
         "", "_soft", "_margin", "_soft_margin"))), draw_models),
-    "figure_07": (lambda run: data_08(run, NOISY, NOISY), draw_models),
-    "figure_08": (data_08, draw_08),
+    "figure_07": (lambda run: data_epochs(run, NOISY, NOISY), draw_models),
+    "figure_08": (data_epochs, draw_08),
     "figure_09": (lambda run: ppo(run, *METHODS), draw_ppo),
     "figure_10": (lambda run: evaluated(run, METHODS, ("eval_",)),
                   draw_wins(("baseline", "sft"), policies=METHODS)),
