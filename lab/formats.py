@@ -38,7 +38,7 @@ from pathlib import Path
 import common
 from lab import sources
 from lab.manifest import hash_text
-from lab.sources import Bad, Cells, Drop
+from lab.sources import Bad, Cells, Drop, Misread
 from lab.templates import (
     ASSISTANT, CALLS, ENDS, HUMAN, MARKUPS, ROLES, SPECIAL, apply_template, is_transcript, markup,
     open_turn, render, reworded, split_markup, style_of, transcript)
@@ -49,6 +49,8 @@ TASK_WORDS = {"harmless": "harmless", "saferlhf": "harmless", "helpful": "helpfu
 SCORES, LABEL = ("chosen_score_list", "rejected_score_list"), "judge_label"
 NUMBERS = ("mean preference difference", "std preference difference", "margin", "gold_chosen",
            "gold_rejected")
+SCORED = [(form.format("chosen"), form.format("rejected")) for form in (
+    "score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating")]
 SPELLINGS = {"chosen score list": SCORES[0], "rejected score list": SCORES[1], "GPT4 label": LABEL}
 PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations",
            "conversation")
@@ -58,14 +60,18 @@ PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"),
 CHOSEN_OF_TWO = [(a, b) for stem in ("response", "answer", "output", "completion", "human_ref",
                                      "conversation")
                  for a, b in ((f"{stem}_0", f"{stem}_1"), (f"{stem}_1", f"{stem}_2"),
-                              (f"{stem}_a", f"{stem}_b"), (f"{stem}_A", f"{stem}_B"))]
+                              (f"{stem}1", f"{stem}2"), (f"{stem}_a", f"{stem}_b"),
+                              (f"{stem}_A", f"{stem}_B"))]
 CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "preference", "preferred",
            "chosen", "label", "labels")
 ARENA = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
+TIE = re.compile(r"tie|both|neither|draw|equal|same|a=b")
 ANSWERS = ("response", "output", "completion", "answer", "chosen")
 # what a prompt may not lose, in a row or a message
 CARRIERS = ("tools", "functions", "context", "contexts", "passage", "documents", "image", "images",
-            "video", "videos", "audio", "audios")
+            "image_path", "image_url", "video", "videos", "audio", "audios", "audio_path",
+           "chat_history", "conversation_history", "initial_reason_steps")
+SYSTEM = ("system", "system_prompt", "system_message")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEYS = {"role", "from", "content", "value", "input", "output", "tool_call_id", "name", *CALLS,
         *REASONING}
@@ -84,10 +90,14 @@ def string(row, key):
 def parsed(value):
     """JSON or Python text of messages and a single message as a list of messages; any other value
     as it is."""
-    if isinstance(value, str) and re.match(r"""\s*\[?\s*\{\s*["']\w+["']\s*:""", value):
+    if isinstance(value, str) and re.match(
+            r"""\s*("\s*|array\()?(\[\s*)*\{\s*\\?["']\w+\\?["']\s*:""", value):
         found = literal(value)
+        found = literal(found) if isinstance(found, str) else found  # written twice
+        while isinstance(found, list) and len(found) == 1 and isinstance(found[0], list):
+            found = found[0]
         if found is None and re.search(
-                rf"""["'](role|from)["']\s*:\s*["']({'|'.join(ROLES)})["']""", value):
+                rf"""["'](role|from)\\?["']\s*:\s*\\?["']({'|'.join(ROLES)})\\?["']""", value):
             raise Bad("a text that looks like messages is neither JSON nor Python")
         items = found if isinstance(found, list) else [found]
         if all(isinstance(m, dict) for m in items) and (
@@ -210,7 +220,7 @@ def with_columns(row, base, style, names=()):
     """A prompt with what the columns `names`, `system` and `history` add to it; taken out of the
     row."""
     more = {name: row.pop(name) for name in names if isinstance(parsed(row[name]), str)}
-    more |= {name: string(row, name) for name in ("system", "system_prompt") if name in row}
+    more |= {name: string(row, name) for name in SYSTEM if name in row}
     for name in more:
         row.pop(name, None)
     said = [base] if isinstance(base, str) else [m["content"].strip() for m in base]
@@ -299,9 +309,9 @@ def arena(prompt, response_a, response_b, *won):
 
 def turns_of(value):
     """The turns in a column of the Arena's."""
-    if isinstance(value, str) and re.match(r"""\s*\[\s*["'nN]""", value):  # null is no answer
+    if isinstance(value, str) and re.match(r"""\s*\[\s*(["']|null|None)""", value):  # no answer
         found = literal(value)
-        if not isinstance(found, list) and value.lstrip()[:2] in ('["', "[n"):
+        if not isinstance(found, list) and value.lstrip().startswith(('["', "[null")):
             raise Bad("a list of turns is not JSON")
         value = found if isinstance(found, list) else value
     return value if isinstance(value, list) else [value]
@@ -312,9 +322,13 @@ def take_sides(row):
     if set(ARENA) <= row.keys():
         return arena(*map(row.pop, ARENA))
     for names in CHOSEN_OF_TWO:
-        if set(names) <= row.keys() and ("chosen" not in row
-                                         or spelled(row["chosen"]) in spellings(names)):
+        if set(names) <= row.keys() and ("chosen" not in row or is_named(
+                row["chosen"], [row[name] for name in names], spellings(row, names))):
             return by_choice(row, [row.pop(name) for name in names], names)
+    listed = row.get("responses")
+    listed = literal(listed) if isinstance(listed, str) else listed
+    if is_texts(listed):
+        is_named(row.get("chosen"), listed, {})
     for names in PAIRS:
         if set(names) <= row.keys() and not isinstance(row[names[0]], (int, float)):
             chosen, rejected = (row.pop(name) for name in names)
@@ -326,37 +340,55 @@ def take_sides(row):
         return by_choice(row, two, ("summary_0", "summary_1"))
     if isinstance(row.get("completions"), list):
         scored = [(c["overall_score"], c["response"]) for c in row.pop("completions")
-                  if isinstance(c, dict) and isinstance(c.get("overall_score"), (int, float))
-                  and isinstance(c.get("response"), str)
+                  if isinstance(c, dict) and isinstance(c.get("response"), str)
+                  and c.get("overall_score") is not None
                   and c["overall_score"] == c["overall_score"]]  # no NaN
-        if len(scored) < 2:
-            raise Bad("`completions` has no two responses with an `overall_score`")
+        if len(scored) < 2 or not all(type(score) in (int, float) for score, _ in scored):
+            raise Bad("`completions` has no two responses with an `overall_score`, or one that is "
+                      "no number")
         (low, rejected), (high, chosen) = (f(scored, key=lambda x: x[0]) for f in (min, max))
         if low == high:
             raise Drop("no preference")
         return chosen, rejected
     missing = next((k for k in ("chosen", "rejected") if k not in row), None)
-    if missing and "label" in row:
+    if missing and "label" in row and len({*ANSWERS, "text"} & row.keys()) == 1:
         raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
                   "needed")
     names = sorted(k for k in row if re.fullmatch(r"\w{1,30}", str(k)))  # others may be contents
-    found = " ".join(["the columns", *filter(None, [", ".join(names)[:150]])])
+    found = "the header in the first line" if isinstance(row, Cells) else " ".join(
+        ["the columns", *filter(None, [", ".join(names)[:150]])])
     raise Bad(f"column `{missing}` is missing, and no other form fits {found} "
               "(00_data.py --help lists them)" if missing
               else f"`chosen` is {type(row['chosen']).__name__}, not text")
 
 
 def spelled(choice):
-    """A choice as text: 1, 1.0, " 1" and True are one."""
-    choice = int(choice) if isinstance(choice, bool) else choice
-    return str(choice).strip().lower().removesuffix(".0")
+    """A choice as text: 1, 1.0 and " 1" are one, and "Response A" and "response_a"."""
+    text = re.sub(r"(?<=\w)[\s-]+(?=\w)", "_", str(choice).strip().lower()).removesuffix(".0")
+    return "".join(text.split())
 
 
-def spellings(names):
-    """{what a choice of one of two columns may say: 0 or 1}."""
-    first, second = map(str.lower, names)
-    return {"a": 0, "b": 1, first: 0, second: 1, f"model_{first[-1]}": 0, f"model_{second[-1]}": 1,
-            first[-1]: 0, second[-1]: 1}
+def spellings(row, names):
+    """{what a choice of one of two columns may say: 0 or 1}; a model's name, too."""
+    models = [spelled(row[name]) for name in ("model_a", "model_b") if name in row]
+    which = dict(zip(models, (0, 1))) if len(set(models)) == 2 else {}
+    which |= {"a": 0, "b": 1, "a>b": 0, "b>a": 1, "a>>b": 0, "b>>a": 1}
+    for i, name in enumerate(map(str.lower, names)):
+        which |= {f"{stem}{name[-1]}": i for stem in ("", "model_", "response_", "assistant_")}
+        which[name] = i
+    return which
+
+
+def is_named(chosen, texts, which):
+    """Whether `chosen` says which of two responses it is; Bad where it is a few words that are
+    neither that nor theirs."""
+    few = isinstance(chosen, str) and 0 < len(chosen.split()) < 4 and not any(
+        isinstance(text, str) and text.strip() in chosen for text in texts)
+    if spelled(chosen) in which or few and TIE.match(spelled(chosen)):
+        return True
+    if few:
+        raise Bad("`chosen` is neither the text nor the name of one of the responses beside it")
+    return False
 
 
 def by_choice(row, two, names):
@@ -365,18 +397,19 @@ def by_choice(row, two, names):
     if key is None:
         raise Bad(f"no column says which of `{names[0]}` and `{names[1]}` is better "
                   f"({', '.join(CHOICES)})")
-    said, which = spelled(row.pop(key)), spellings(names)
+    said, which = spelled(row.pop(key)), spellings(row, names)
     if key == "labels" and names[0].startswith("human_ref"):
-        which = {"1": 0, "0": 1}  # SHP: 1 means that A is preferred
-    models = [spelled(row[name]) for name in ("model_a", "model_b") if name in row]
-    if len(set(models)) == 2:
-        which = dict(zip(models, (0, 1))) | which
-    if said not in which and re.match(r"tie|both|neither|draw|equal|same", said):
+        which = {"1": 0, "0": 1, "true": 0, "false": 1}  # SHP: 1 means that A is preferred
+    if said not in which and TIE.match(said):
         raise Drop("no preference")
     if said == "-1":
         raise Bad(f"`{key}` is -1, a tie in some data and the second response in others")
+    if said not in which and said.isdecimal() and names[0][-1].isdecimal():
+        raise Misread(f"`{key}` is {said} beside `{names[0]}` and `{names[1]}`: a tie, or counted "
+                      "from another number than they are? Name it as they are, and ties \"tie\"")
     if said not in which or len(two) != 2:
-        raise Bad(f"`{key}` does not say which of two responses is better")
+        raise Bad(f"`{key}` does not say which of two responses is better "
+                  f"({names[0]}, {names[1]}, {names[0][-1]}, {names[1][-1]} or tie)")
     return two[which[said]], two[1 - which[said]]
 
 
@@ -447,10 +480,11 @@ def is_dialogue(side):
 
 
 def answer_of(text, history):
-    """A response's text as a message; white space before it is kept where it goes on with a
-    turn."""
+    """A response's text as a message; white space before it is kept where it goes on with a turn,
+    and else but for empty lines and a single space."""
     goes_on = isinstance(history, str) or history and history[-1]["role"] == "assistant"
-    return {"role": "assistant", "content": text if goes_on else text.strip()}
+    return {"role": "assistant", "content": text if goes_on else re.sub(
+        r"\A(\s*\n)? ?(?!\s)|\A\s*\n", "", text.rstrip())}
 
 
 def parsed_sides(row, values, history):
@@ -516,6 +550,9 @@ def write(style, history, answers, tools=None):
     if any(map(SPECIAL.search, texts if marked else
                [*(m["content"] for m in history), *texts])):
         style.notes["rows hold marks of a turn or a template, kept as text"] += 1
+    later = [m["role"] != "system" for m in history if not marked]
+    if style.form == "hh" and later != sorted(later):
+        style.notes["rows whose system turn in the middle goes to the front"] += 1
     if not marked:
         if style.form == "chat" and (keys or tools):
             check_used(style, history, answers, tools)
@@ -603,7 +640,7 @@ def take_tools(row, style):
 def read_row(row, kind, style, task, ignored=None):
     """One raw row → clean row without id. Raises Drop or Bad and nothing else. `ignored` counts
     the columns that were not used."""
-    if isinstance(row, Bad):
+    if isinstance(row, (Bad, Drop)):
         raise row
     if isinstance(row, str) and kind not in ("pairs", "sft"):
         row = {"prompt": row}
@@ -621,8 +658,10 @@ def read_row(row, kind, style, task, ignored=None):
         clean["task"] = given or task
     try:
         json.dumps([clean, str(own)], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Bad("a text holds a lone surrogate, which UTF-8 cannot write") from None
+    except UnicodeEncodeError as error:  # open_text has such ones for bytes that are no text
+        raw = "\udc80" <= error.object[error.start] <= "\udcff"
+        raise Bad("a text is not in UTF-8: save the file as such" if raw else
+                  "a text holds a lone surrogate, which UTF-8 cannot write") from None
     if ignored is not None:
         ignored.update(unused | {k for k in row if k and isinstance(k, str)})
     return clean
@@ -660,7 +699,7 @@ def in_one_form(row, style):
 def check_left(row, clean, kind):
     """Bad where a column that is left holds words of the conversation that nothing else has."""
     kept = " ".join(x for x in clean.values() if isinstance(x, str))
-    for name in (*PROMPTS, "input", "system", "system_prompt", "history"):
+    for name in (*PROMPTS, "input", *SYSTEM, "history"):
         left = parsed(row.get(name))
         if kind == "prompts" and isinstance(left, list):
             continue  # whole dialogues, whose responses are not wanted
@@ -697,8 +736,15 @@ def read_pair(row, style):
     if "margin" in row:
         style.notes["rows have a `margin`, in whose place the strength of stage 03 is used"] += 1
     extra = carried(row)
+    for names in SCORED:
+        a, b = map(row.get, names)
+        if all(isinstance(x, (int, float)) for x in (a, b)) and a <= b:
+            style.notes[f"rows whose `{names[0]}` is not above their `{names[1]}`"] += 1
+    if row.get("status") == "tie":  # distilabel's
+        raise Drop("no preference")
     if style.form == "none":
         take_tools(row, style)
+        row |= zip(("chosen", "rejected"), take_sides(row))
         prompt, texts = write_none(row, ("chosen", "rejected"), style)
     else:
         prompt, texts = read_dialogues(row, style)
@@ -717,7 +763,7 @@ def read_dialogues(row, style):
 def divide(row, style):
     """Take prompt and responses out of a preference row → (messages or a templated prompt, [chosen,
     rejected] as messages, the two as they came)."""
-    came = take_sides(row)
+    came, spoken = take_sides(row), next((k for k in PROMPTS[4:] if k in row), None)
     values = without_prompt(row, came, style)
     history, sides, drop = take_history(row, style, all(map(is_dialogue, came))), [], None
     values = parsed_sides(row, values, history)
@@ -726,7 +772,8 @@ def divide(row, style):
             sides.append(read_side(value, history, name))
         except Drop as reason:  # the other side must be readable all the same
             drop = drop or reason
-    if drop and len({is_texts(v) and len(v) > 1 for v in values}) > 1:
+    several = [is_texts(v) and len(v) for v in values]
+    if drop and (len({n > 1 for n in several}) > 1 or any(n > 1 and n % 2 for n in several)):
         raise Bad("one side has several texts, which are no dialogue with this prompt: a row holds "
                   "one response on each side")
     if drop:
@@ -736,7 +783,11 @@ def divide(row, style):
         raise Drop("prompts differ")
     if history is None:
         before = with_columns(row, before, style)
-    return *bare(before, [chosen, rejected], style), came
+    before, answers = bare(before, [chosen, rejected], style)
+    if spoken and isinstance(before, list) and before[-1]["role"] == "assistant":
+        raise Bad(f"`{spoken}` ends in a turn of the assistant's that neither response repeats or "
+                  "goes on with: leave it out, or call what it begins `prompt`")
+    return before, answers, came
 
 
 def as_came(row, style, spoken=False):
@@ -745,11 +796,12 @@ def as_came(row, style, spoken=False):
     messages; and its tools. Read again it gives what it gave."""
     as_it_is = present(row)
     row = in_one_form(as_it_is, style)
-    texts = [v for v in (row.get("chosen"), row.get("rejected")) if isinstance(v, str)]
     whole = all(is_blank(row.get(k, "")) for k in (
-        *PROMPTS, "input", "info", "system", "system_prompt", "history"))
+        *PROMPTS, "input", "info", *SYSTEM, "history"))
     if style.form == "none":
-        prompt, sides = write_none(row, ("chosen", "rejected"), style)
+        texts = take_sides(row)
+        prompt, sides = write_none(row | dict(zip(("chosen", "rejected"), texts)),
+                                   ("chosen", "rejected"), style)
         return dict(zip(("chosen", "rejected"), texts)) if whole else {
             "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
     tools, changed = take_tools(row, style), row != as_it_is
@@ -878,9 +930,9 @@ def load(given, kind, args, ids, originals=None):
             except Drop as reason:
                 drops[str(reason)] += 1
             except Bad as problem:
-                if not args.skip_bad_rows:
-                    common.die(f"{source}:{place}: {problem} (--skip_bad_rows counts such rows "
-                               "and goes on)")
+                if not args.skip_bad_rows or isinstance(problem, Misread):
+                    common.die(f"{source}:{place}: {problem}" + " (--skip_bad_rows counts such "
+                               "rows and goes on)" * (not isinstance(problem, Misread)))
                 drops["unreadable"] += 1
             else:
                 own = raw.get("id") if isinstance(raw, dict) else None

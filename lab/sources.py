@@ -2,6 +2,7 @@
 
 A row that cannot be read is Bad, one that is left out a Drop; neither message has row contents.
 """
+import contextlib
 import csv
 import functools
 import glob
@@ -33,6 +34,10 @@ class Drop(Exception):
 
 class Bad(Exception):
     """A row that cannot be read; the message says what is wrong, without the row's contents."""
+
+
+class Misread(Bad):
+    """One that shows that rows before it may have been misread: none can be skipped."""
 
 
 class Cells(dict):
@@ -110,7 +115,10 @@ def raw_rows(source, kind, args):
                       for row in rows]
             yield from enumerate(chosen, 1)
         elif Path(source).is_file():
-            yield from file_rows(source)
+            try:
+                yield from file_rows(source)
+            except Bad as problem:  # of the file as a whole
+                yield 1, problem
         else:
             import datasets
             name, _, folder = source.partition(":")
@@ -138,21 +146,25 @@ def file_rows(path):
     suffix, packed = container(path)
     if suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
-        for n, row in enumerate((row for b in ParquetFile(path).iter_batches(1000)
-                                 for row in b.to_pylist()), 1):
-            try:
-                yield n, decoded(row)
-            except UnicodeDecodeError:
-                yield n, Bad("a column of bytes is not text in UTF-8")
+        file = ParquetFile(path)
+        check_names(file.schema_arrow.names)
+        rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+        yield from enumerate(map(decoded, rows), 1)
         return
     with open_text(path, packed) as text:
         yield from csv_rows(text) if suffix in (".csv", ".tsv") else json_rows(text)
 
 
+def check_names(names):
+    if twice := next((n for n in names if n and names.count(n) > 1), None):
+        raise Misread(f"two columns are called `{twice}`")
+
+
 def decoded(value):
-    """A value with its bytes as text; raises UnicodeDecodeError."""
+    """A value with its bytes as text where they are UTF-8."""
     if isinstance(value, bytes):
-        return value.decode()
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
     if isinstance(value, list):
         return [decoded(v) for v in value]
     return {k: decoded(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -178,7 +190,12 @@ def csv_rows(text):
     csv.field_size_limit(sys.maxsize)
     header = text.readline()
     delimiter = max(",;\t", key=header.count)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
+    spaced = delimiter + " " in header  # what a quote after a space may be
+    names = [name.strip() for name in next(csv.reader(
+        [header], delimiter=delimiter, skipinitialspace=True), [])]
+    check_names(names)
+    if not any(names):
+        raise Bad("no header in the first line")
     quoting = csv.QUOTE_MINIMAL
     if delimiter == "\t":  # which has no quotes by its standard, but many write them
         whole = text.read()
@@ -190,11 +207,14 @@ def csv_rows(text):
                 return
             quoting = csv.QUOTE_NONE  # they are text
         text = io.StringIO(whole)
-    rows = csv.DictReader(text, names, delimiter=delimiter, strict=True, quoting=quoting)
+    rows = csv.DictReader(text, names, delimiter=delimiter, strict=True, quoting=quoting,
+                          skipinitialspace=spaced)
     while True:
         try:
             row = next(rows, None)
             if row is None:
+                if not rows.line_num:
+                    raise Bad("no row under the header")
                 return
             row = Cells(row)
             if None in row:
@@ -203,6 +223,8 @@ def csv_rows(text):
                 row = Bad("fewer cells than the header has")
             elif delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values()):
                 row = Bad("a quote that does not close")
+            elif [(v or "").strip("\ufeff ") for v in row.values()] == names:
+                row = Drop("the header once more")
         except csv.Error as problem:
             row = Bad(f"not CSV ({problem})")
         yield rows.reader.line_num + 1, row
@@ -240,6 +262,8 @@ def json_rows(text):
         rest = text.read()
         whole, numbered = None if rest.strip() else rows, enumerate(rest.split("\n"), n + 1)
     if whole is not None:
+        if not whole:
+            raise Bad("empty")
         yield from ((f"row {n}", row) for n, row in enumerate(whole, 1))
         return
     yield n, parse_line(first) if first else Bad("empty")
@@ -268,12 +292,23 @@ def rows_in(thing):
     return lists[0] if len(lists) == 1 else None
 
 
+def unique(pairs):
+    """The object of these keys and values; none may stand twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        check_names([name for name, _ in pairs])
+    return found
+
+
 def parse_line(line):
     try:
         line.encode()  # bytes that were no text stand as surrogates
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=unique)
+    except UnicodeEncodeError:
+        return Bad("not in UTF-8")
+    except Misread as problem:
+        return problem
     except (ValueError, RecursionError) as error:
-        bad = Bad(f"not JSON in UTF-8 ({getattr(error, 'msg', type(error).__name__)})")
+        bad = Bad(f"not JSON ({getattr(error, 'msg', type(error).__name__)})")
         bad.line = getattr(error, "lineno", 1)  # of those given
         return bad
 

@@ -36,13 +36,15 @@ ENDS = re.compile(
 # other marks, which are kept as text
 SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(INST|SYSTEM_PROMPT)\]"
                      r"|^### (Human|Instruction|Assistant|Response|Input)|^USER:"
-                     r"|(Human|Assistant)：|\n\nHuman:",
+                     r"|(Human|Assistant)：|\n\nHuman:|\n(A|AI|Bot|assistant|ASSISTANT|<bot>):\s*\Z",
                      re.MULTILINE)
 # marks that are words: (how a text with them begins, a mark), of Vicuna, of Alpaca and Guanaco
 WORDED = [(re.compile(begin, re.DOTALL), re.compile(mark)) for begin, mark in (
     (r"\s*(A chat between .*?)?USER:", r"(?:\A\s*|(?<!\s)\s+|</s>\s*)(USER|ASSISTANT):"),
     (r"\s*(Below is an instruction.*?)?### (Instruction|Human):",
-     r"(?<!\s)\s*### (Instruction|Human|Response|Assistant):"))]
+     r"(?<!\s)\s*### (Instruction|Human|Response|Assistant):"),
+    (r"\s*Human:(?!.*\n *(Human|Assistant):).*\sAssistant:\s*\Z",  # DeepSpeed-Chat's, in one line
+     r"(?:\A\s*|(?<!\s)\s+)(Human|Assistant):"))]
 UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
 DAY = date(2024, 7, 26)  # what a chat template that writes the date is told

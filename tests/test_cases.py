@@ -379,6 +379,52 @@ ROWS = [
     ("no prompt", AB, "column `prompt` is missing"),
     ("no rejected", {"prompt": Q, "chosen": A}, "column `rejected` is missing"),
     ("labels of single responses", {"prompt": Q, "completion": A, "label": True}, "column `label`"),
+    ("a response by its column's letter", {"prompt": Q, "response_a": A, "response_b": B,
+                                           "chosen": "Response A", "rejected": "Response B"}, HH),
+    ("a response by its number", {"prompt": Q, "response_1": B, "response_2": A, "chosen": "2",
+                                  "rejected": "1"}, HH),
+    ("a response by its model", {"prompt": Q, "response_a": B, "response_b": A, "model_a": "gpt-4",
+                                 "model_b": "llama", "chosen": "llama", "rejected": "gpt-4"}, HH),
+    ("a name of neither response", {"prompt": Q, "response_a": A, "response_b": B, "chosen": "1",
+                                    "rejected": "2"}, "neither the text nor the name"),
+    ("a response by its place in a list", {"prompt": Q, "responses": [A, B], "chosen": "0",
+                                           "rejected": "1"}, "neither the text nor the name"),
+    ("the texts beside the list they are from", {"prompt": Q, "responses": [A, B], **AB}, HH),
+    ("a response that begins like a tie, text", {
+        "prompt": Q, "response_a": "Both of them do.", "response_b": B,
+        "chosen": "Both of them do.", "rejected": B}, HH),
+    ("PandaLM", {"instruction": Q, "input": "", "response1": B, "response2": A, "label": 2}, HH),
+    ("JudgeBench", {"question": Q, "response_A": A, "response_B": B, "label": "A>B"}, HH),
+    ("counted from one, the columns from zero", {"prompt": Q, **TWO, "choice": 2}, "counted from"),
+    ("counted from zero, the columns from one", {"prompt": Q, "response_1": A, "response_2": B,
+                                                 "choice": "0"}, "counted from"),
+    ("true, of two numbers", {"prompt": Q, **TWO, "label": True}, "does not say which"),
+    ("scores of several types", {"prompt": Q, "completions": [
+        {"response": A, "overall_score": "9"}, {"response": B, "overall_score": 5}]}, "no number"),
+    ("messages that end in a reference answer", {"messages": [user(), says("It is.")], **AB},
+     "neither response repeats"),
+    ("conversations that end in the chosen answer", {"conversations": [user(), says(A)], **AB}, HH),
+    ("distilabel's tie", {"input": Q, **AB, "status": "tie", "rating": [9, 9]}, "no preference"),
+    ("HH in one line", {"prompt": f"Human: Hi Assistant: Hello. Human: {Q} Assistant:", **AB},
+     TALK),
+    ("HH in one line, its marks quoted", {"prompt": "Human: Human: Hi\n\nAssistant:", **AB},
+     "\n\nHuman: Human: Hi\n\nAssistant:"),
+    ("earlier turns in a column of their own", {"prompt": Q, "chat_history": [user()], **AB},
+     "`chat_history`"),
+    ("the beginning of both responses in a column", {
+        "prompt": Q, "initial_reason_steps": "1.", **AB}, "`initial_reason_steps`"),
+    ("a system message's column", {"prompt": Q, "system_message": "Be kind.", **AB}, SYSTEM),
+    ("JSON text of messages, written twice", {
+        "prompt": Q, "chosen": json.dumps(json.dumps([says(A)])),
+        "rejected": json.dumps(json.dumps([says(B)]))}, HH),
+    ("JSON text of messages in a list in a list", {
+        "prompt": Q, "chosen": json.dumps([[says(A)]]), "rejected": json.dumps([[says(B)]])}, HH),
+    ("numpy's text of messages", {"prompt": Q, "chosen": f"array([{says('x')}], dtype=object)",
+                                  "rejected": B}, "neither JSON nor Python"),
+    ("three responses on each side", {"prompt": Q, "chosen": [A, "2", "3"],
+                                      "rejected": [B, "5", "6"]}, "several texts"),
+    ("the Arena, a prompt that begins with a bracket", {
+        **ARENA, "prompt": f"[note] {Q}", "winner_model_b": 1}, HH.replace(Q, f"[note] {Q}")),
 ]
 
 
@@ -415,11 +461,17 @@ def test_a_response_is_not_read_as_something_else(chosen, asked):
 def test_columns_that_are_used_otherwise_than_a_user_may_think_are_told():
     style = formats.style_of("tiny")
     style.notes.clear()
-    row = {"prompt": Q, "query": "clouds", **AB, "margin": 2.0}
+    row = {"prompt": Q, "query": "clouds", **AB, "margin": 2.0, "score_chosen": 2.0,
+           "score_rejected": 8.0}
     assert formats.read_row(row, "pairs", style, "x")["prompt"] == HH.replace(Q, f"{Q}\n\nclouds")
+    formats.read_row({"prompt": [user(), says("Be rude.", "system")], **AB}, "pairs", style, "x")
+    formats.read_row({"prompt": f"User: {Q}\nAI:", **AB}, "pairs", style, "x")
     assert sorted(style.notes) == [
         "prompts end in column `query`",
-        "rows have a `margin`, in whose place the strength of stage 03 is used"]
+        "rows have a `margin`, in whose place the strength of stage 03 is used",
+        "rows hold marks of a turn or a template, kept as text",
+        "rows whose `score_chosen` is not above their `score_rejected`",
+        "rows whose system turn in the middle goes to the front"]
 
 
 def test_a_long_run_of_white_space_takes_no_time():
@@ -455,6 +507,7 @@ def test_rows_of_other_kinds(row, kind, want):
     ({"prompt": Q, "system": "Be kind.", **AB}, "`system`"),
     ({"prompt": Q, "tools": [CALL], **AB}, "`tools`"),
     ({"prompt": HH, "chosen": HH + A, "rejected": HH + B}, (HH, A, B)),
+    ({"prompt": Q, "response_a": A, "response_b": B, "chosen": "A", "rejected": "B"}, (Q, A, B)),
     ({"prompt": Q, "question": Q, **AB}, (Q, A, B))])
 def test_rows_as_they_stand(row, want):
     try:
@@ -505,6 +558,12 @@ FILES = [
      "x.jsonl"),
     ("a glob that finds a folder", {"d/e/a.jsonl": LINES.encode()}, "d/*"),
     ("CSV, spaces in its header", {"x.csv": CSV.replace(",", " ,", 2).encode()}, "x.csv"),
+    ("CSV, spaces after its commas", {"x.csv": CSV.replace(",", ", ").replace(
+        f", {B}", f', "{B}"').encode()}, "x.csv"),
+    ("two CSV files one after another", {
+        "x.csv": CSV.encode() + b"\xef\xbb\xbfprompt,chosen,rejected\n"}, "x.csv"),
+    ("Parquet, bytes that nobody uses", {"x.parquet": parquet([
+        {**p, "embedding": b"\xff"} for p in PAIRS])}, "x.parquet"),
     ("Parquet, bytes in messages", {"x.parquet": parquet([
         {"prompt": [{"role": b"user", "content": p["prompt"].encode()}],
          "chosen": p["chosen"].encode(), "rejected": B.encode()} for p in PAIRS])}, "x.parquet"),
@@ -588,7 +647,9 @@ def test_files_of_a_folder_have_its_tasks_and_ids(tmp_path):
     ("x.jsonl.zst", b"no"), ("x.parquet.gz", b"no"), ("x.csv", b"prompt,chosen\n1,2,3\n"),
     ("x/x.jsonl.bz2", bz2.compress(LINES.encode())),
     ("x.csv", CSV.encode() + b"Q2,A2\n"),
-    ("x.csv", CSV.encode() + b'"no end,b,c\n'), ("x.csv", CSV.encode() + b'"a"b,c,d\n')])
+    ("x.csv", CSV.encode() + b'"no end,b,c\n'), ("x.csv", CSV.encode() + b'"a"b,c,d\n'),
+    ("x.csv", b""), ("x.csv", CSV.split("\n")[0].encode()), ("x.json", b"[]"),
+    ("x.csv", CSV.encode("cp1252")), ("x.jsonl", LINES.encode("cp1252"))])
 def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, capsys):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
@@ -598,6 +659,22 @@ def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, ca
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and name in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.csv", b"prompt,rejected,chosen,rejected\nQ,A,B,C\n"),
+    ("x.jsonl", LINES.encode() + b'{"prompt": "Q", "chosen": "A", "chosen": "B", "rejected": "C"}'),
+    ("x.jsonl", "".join(json.dumps({"prompt": f"{Q} {i}", **TWO, "choice": i}) + "\n"
+                        for i in (1, 1, 2)).encode())])
+def test_what_makes_other_rows_doubtful_cannot_be_skipped(name, content, tmp_path, capsys):
+    """Columns of one name; a choice that counts from another number than the columns do."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        data.main(["--preferences", str(tmp_path / name), "--out", str(tmp_path / "out"),
+                   "--skip_bad_rows"])
+    error = capsys.readouterr().err
+    assert name in error and "--skip_bad_rows" not in error
+    assert "called `" in error or "counted from another number" in error
 
 
 def test_tasks_of_any_script_are_told_apart(tmp_path):

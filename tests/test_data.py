@@ -141,6 +141,12 @@ def test_a_begun_turn_keeps_its_white_space(chat_model):
         assert (row["prompt"], row["chosen"]) == ("<s><user>Hi<assistant>Sure:", want)
 
 
+def test_code_keeps_its_indentation(chat_model):
+    row = read({"prompt": "def f(x):", "chosen": "\n    return x\n", "rejected": " no"},
+               model=chat_model)
+    assert (row["chosen"], row["rejected"]) == ("    return x", "no")
+
+
 def test_one_bos_where_the_text_has_its_own(chat_model):
     import common
     tokenizer, run = common.load_tokenizer(chat_model), {
