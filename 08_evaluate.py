@@ -40,7 +40,6 @@ HPARAMS = {
     "precision": common.TRAINING["precision"],
     "zero": (0, 0, 0, "3: a judging chat model is sharded over the processes"),
 }
-OPPONENTS = ("sft", "round_0", "baseline")
 
 
 def verdict(ours, theirs, tie=1e-9):
@@ -166,7 +165,7 @@ def main(argv=None):
     files = [*sorted(data.glob("eval_*.jsonl")), *sorted(data.glob("ood_*.jsonl"))]
     sets = {f.stem: common.subset(common.read_jsonl(f), args.prompts, args.seed) for f in files}
     answers = answer(args, policies, sets, tokenizer)
-    items = judges.comparison_items(answers, OPPONENTS)
+    items = judges.comparison_items(answers)
     found, report = judge(run, answers, items, tokenizer, read)
     verdicts = {name: {} for name in sets}
     for item, v in zip(items, found):

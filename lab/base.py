@@ -304,8 +304,7 @@ def read_jsonl(path):
     rows = []
     try:
         with open(path, encoding="utf-8") as file:
-            for line in file:
-                rows.append(json.loads(line))
+            rows.extend(map(json.loads, file))
     except FileNotFoundError:
         die(f"{path} is missing")
     except ValueError as error:

@@ -11,6 +11,7 @@ when the interval lies inside the criterion, **fails** when it lies outside, and
 crosses it or fewer than three seeds were run.
 """
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,14 @@ from lab.base import progress
 MIN_SEEDS, REPLICATES = 3, 1000
 VERDICTS = ("holds", "fails", "open", "not measured")
 METHODS = [name for name in figures.METHODS if name != "baseline"]
+NOISY, DENOISING = ([f"{name}_3_epochs" for name in of] for of in (
+    figures.NOISY, figures.DENOISING))
 
 
 # ---------------------------------------------------------------- quantities
 # Each takes d, {figure: its data} of one seed as numpy arrays, and pick(n): the indices 0 .. n-1
-# for the value itself, n indices drawn with replacement for a bootstrap replicate. One that is the
-# least of several values gives a list of them.
+# for the value itself, n indices drawn with replacement for a bootstrap replicate; what else it
+# takes MEASURES settles. One that is the least of several values gives a list of them.
 
 def truth(curves):
     """Where accuracy is measured: the pairs labelled by gold, else the validation pairs as the
@@ -85,16 +88,11 @@ def consistency_steps(d, pick):
     return [zero - weakest, strongest - zero]
 
 
-def tenths_mean(*numbers):
-    def measure(d, pick):
-        result = final(d["figure_04"], pick)
-        return np.mean([result[f"tenth_{n:02d}"] for n in numbers])
-    return measure
-
-
-def strongest_is_not_best(d, pick):
-    result = final(d["figure_04"], pick)
-    return np.mean([result[f"tenth_{n:02d}"] for n in (7, 8, 9)]) - result["tenth_10"]
+def accuracy(d, pick, figure, models, others=(), kind=None):
+    """Mean accuracy of some models at the end of training, minus that of others."""
+    result = final(d[figure], pick, kind)
+    means = [np.mean([result[m] for m in of]) for of in (models, others) if of]
+    return means[0] - sum(means[1:])
 
 
 def both_flipped(d, pick):
@@ -107,43 +105,25 @@ def strongest_order(d, pick):
     return [r["tenth_10_soft_margin"] - r["tenth_10_margin"], r["tenth_10_margin"] - r["tenth_10"]]
 
 
-def margin_helps(d, pick):
-    result = final({name: d["figure_07"][name] for name in figures.NOISY}, pick)
-    return result["margin"] - result["baseline"]
-
-
 def late_change(curve, i, kind):
     """Accuracy at the end of the third epoch minus that at the end of the first."""
     right, steps = curve["right"][kind], curve["gold_step" if kind == "gold" else "step"]
     return right[-1][i].mean() - right[figures.epoch_end(steps, 1)][i].mean()
 
 
-def late_changes(d, pick):
-    """Late change: (baseline's, mean of the denoising methods')."""
+def late_changes(d, pick, signs):
+    """signs[0] times the baseline's late change plus signs[1] times the denoising methods'."""
     curves, kind = d["figure_08"], truth(d["figure_08"])
     i = pick(curves["baseline_3_epochs"]["right"][kind].shape[1])
-    return late_change(curves["baseline_3_epochs"], i, kind), np.mean(
-        [late_change(curves[f"{name}_3_epochs"], i, kind) for name in figures.DENOISING])
-
-
-def less_overfitting(d, pick):
-    baseline, denoising = late_changes(d, pick)
-    return denoising - baseline
-
-
-def noisy_set_leaders(d, pick):
-    result = final(d["figure_08"], pick, "original")
-    return np.mean([result[f"{n}_3_epochs"] for n in figures.NOISY]) - np.mean(
-        [result[f"{n}_3_epochs"] for n in figures.DENOISING])
+    return np.dot(signs, [np.mean([late_change(curves[name], i, kind) for name in of])
+                          for of in (["baseline_3_epochs"], DENOISING)])
 
 
 def steadier(d, figure, others, curves):
     """Mean over some curves of log(roughness under the baseline / mean roughness under the other
     reward models)."""
-    return np.mean([
-        np.log(
-            roughness(f(d[figure]["baseline"])) /
-            np.mean([roughness(f(d[figure][name])) for name in others])) for f in curves])
+    return np.mean([np.log(roughness(f(d[figure]["baseline"])) / np.mean(
+        [roughness(f(d[figure][name])) for name in others])) for f in curves])
 
 
 def steadier_kl(d, pick):
@@ -163,10 +143,6 @@ def leads_on(d, pick, name, opponent="baseline", policies=METHODS):
     return [lead(verdicts, policy, opponent, i) for policy in policies]
 
 
-def all_win_harmless(d, pick):
-    return leads_on(d, pick, "eval_harmless")
-
-
 def less_on_helpful(d, pick):
     return np.mean(leads_on(d, pick, "eval_harmless")) - np.mean(leads_on(d, pick, "eval_helpful"))
 
@@ -183,14 +159,12 @@ def simcse_is_best(d, pick):
     return leads[0] - leads[1:]
 
 
-def wider_differences(where):
-    def measure(d, pick):
-        rises = []
-        for held in d["figure_16"].values():
-            i = pick(len(held[where]["J"]))
-            rises.append(held[where]["J"][i].mean() - held["vanilla"]["J"][i].mean())
-        return np.mean(rises)
-    return measure
+def wider_differences(d, pick, where):
+    rises = []
+    for held in d["figure_16"].values():
+        i = pick(len(held[where]["J"]))
+        rises.append(held[where]["J"][i].mean() - held["vanilla"]["J"][i].mean())
+    return np.mean(rises)
 
 
 def rise_by_first_order(d, pick):
@@ -239,28 +213,18 @@ def best_against_vanilla(d, pick, kind):
             for task, best, verdicts, unseen in tasks(d, kind)}
 
 
-def mean_or_nan(values):
-    return np.mean(values) if values else np.nan
-
-
-def best_beats_vanilla(d, pick):
-    return mean_or_nan(list(best_against_vanilla(d, pick, "eval_").values()))
-
-
-def best_beats_vanilla_ood(d, pick):
-    return mean_or_nan(list(best_against_vanilla(d, pick, "ood_").values()))
+def best_beats_vanilla(d, pick, kind):
+    return np.mean([*best_against_vanilla(d, pick, kind).values()] or np.nan)
 
 
 def less_out_of_distribution(d, pick):
     inside, outside = (best_against_vanilla(d, pick, kind) for kind in ("eval_", "ood_"))
-    return mean_or_nan([inside[task] - outside[task] for task in outside])
+    return np.mean([inside[task] - outside[task] for task in outside] or np.nan)
 
 
-def later_epochs(kind):
-    def measure(d, pick):
-        curve, on = d["figure_19"]["baseline_3_epochs"], kind or truth(d["figure_19"])
-        return late_change(curve, pick(curve["right"][on].shape[1]), on)
-    return measure
+def later_epochs(d, pick, kind=None):
+    curve, kind = d["figure_19"]["baseline_3_epochs"], kind or truth(d["figure_19"])
+    return late_change(curve, pick(curve["right"][kind].shape[1]), kind)
 
 
 def inflation(d, pick):
@@ -287,11 +251,6 @@ def weak_end_costs(d, pick):
     return r["part_080_100"] - r["part_000_060"]
 
 
-def strong_end_keeps(d, pick):
-    result = final(d["figure_22"], pick)
-    return result["part_040_100"] - result["part_080_100"]
-
-
 def sooner_extreme(d, pick):
     i = pick(d["figure_26"]["baseline"]["p"].shape[1])
     extreme = {name: np.abs(2 * c["p"][1:, i] - 1).mean() for name, c in d["figure_26"].items()}
@@ -308,30 +267,36 @@ def differ_on_weak(d, pick):
     return np.mean([o[weak].mean() - o[strong].mean() for o in other])
 
 
-def equation_17(kind):
-    def measure(d, pick):
-        values = d["equation_17"][kind]
-        return values[pick(len(values))].mean()
-    return measure
+def equation_17(d, pick, kind):
+    values = d["equation_17"][kind]
+    return values[pick(len(values))].mean()
 
 
 # ---------------------------------------------------------------- the ledger
 
+TENTHS = figures.TENTHS
 MEASURES = {
-    "C1": share_below_zero, "C2": u_shape, "C3": consistency_steps, "C4": tenths_mean(1, 2),
-    "C5": tenths_mean(3, 4), "C6": strongest_is_not_best, "C7": both_flipped,
-    "C8": strongest_order, "C9": margin_helps, "C10": less_overfitting,
-    "C10b": lambda d, pick: late_changes(d, pick)[0],
-    "C10c": lambda d, pick: late_changes(d, pick)[1], "C11": noisy_set_leaders,
-    "C12": steadier_kl, "C13": all_win_harmless, "C14": less_on_helpful, "C15": simcse_separates,
-    "C16": steadier_reward, "C17": simcse_is_best, "C18": wider_differences("theta"),
-    "C18b": wider_differences("theta_prime"), "C18c": rise_by_first_order,
-    "C19": first_rounds_rise, "C20": falls_after_best, "C21": best_beats_vanilla,
-    "C22a": best_beats_vanilla_ood, "C22b": less_out_of_distribution,
-    "C23a": later_epochs("train"), "C23b": later_epochs(None), "C24": inflation,
-    "C24b": score_rise, "C24c": gap_ratio, "C25a": weak_end_costs, "C25b": strong_end_keeps,
-    "C26": sooner_extreme, "C27": differ_on_weak, "C28a": equation_17("whole"),
-    "C28b": equation_17("fixed")}
+    "C1": share_below_zero, "C2": u_shape, "C3": consistency_steps,
+    "C4": partial(accuracy, figure="figure_04", models=TENTHS[:2]),
+    "C5": partial(accuracy, figure="figure_04", models=TENTHS[2:4]),
+    "C6": partial(accuracy, figure="figure_04", models=TENTHS[6:9], others=TENTHS[9:]),
+    "C7": both_flipped, "C8": strongest_order,
+    "C9": partial(accuracy, figure="figure_07", models=["margin"], others=["baseline"]),
+    "C10": partial(late_changes, signs=(-1, 1)), "C10b": partial(late_changes, signs=(1, 0)),
+    "C10c": partial(late_changes, signs=(0, 1)),
+    "C11": partial(accuracy, figure="figure_08", models=NOISY, others=DENOISING, kind="original"),
+    "C12": steadier_kl, "C13": partial(leads_on, name="eval_harmless"), "C14": less_on_helpful,
+    "C15": simcse_separates, "C16": steadier_reward, "C17": simcse_is_best,
+    "C18": partial(wider_differences, where="theta"),
+    "C18b": partial(wider_differences, where="theta_prime"), "C18c": rise_by_first_order,
+    "C19": first_rounds_rise, "C20": falls_after_best,
+    "C21": partial(best_beats_vanilla, kind="eval_"),
+    "C22a": partial(best_beats_vanilla, kind="ood_"), "C22b": less_out_of_distribution,
+    "C23a": partial(later_epochs, kind="train"), "C23b": later_epochs, "C24": inflation,
+    "C24b": score_rise, "C24c": gap_ratio, "C25a": weak_end_costs,
+    "C25b": partial(accuracy, figure="figure_22", models=["part_040_100"],
+                    others=["part_080_100"]), "C26": sooner_extreme, "C27": differ_on_weak,
+    "C28a": partial(equation_17, kind="whole"), "C28b": partial(equation_17, kind="fixed")}
 # [(id, entry with its criterion (low, high; None is no bound), function)]
 CLAIMS = [(name, {"note": "", "paper": "", **c, "criterion": (c.get("low"), c.get("high"))},
            MEASURES[name]) for name, c in tomllib.loads(

@@ -5,7 +5,7 @@ through both. Each line is a command that can be given by hand, with `--out DIR`
     bash run_all.sh experiments --seeds 5              every experiment, then 09_report.py
     python lab/experiments.py --dry_run                print the experiments' commands
 
-Experiments run in one launch, which saves the start-up of some seventy; what is complete is
+Experiments run in one launch, which saves the start-up of a hundred a seed; what is complete is
 skipped, what was interrupted goes on from its checkpoint. Seed s is in OUT/seed_s. The paper treats
 summaries as a task of its own, with its own models: OUT/summary_s. That run needs no strength of
 preferences, so its ensemble has two models only.
@@ -237,10 +237,13 @@ def plan(args, flags):
 
 # ---------------------------------------------------------------- the experiments
 
-def tenth(i, purpose, name="", flags=""):
-    """A reward model on the i-th tenth of the pairs by strength. A tenth is 15 toy steps an epoch:
-    one epoch would hardly move a model."""
-    name = f"tenth_{i:02d}" + (f"_{name}" if name else "")
+def tenth(i, purpose, name=""):
+    """A reward model on the i-th tenth of the pairs by strength, with the switches in its name. A
+    tenth is 15 toy steps an epoch: one epoch would hardly move a model."""
+    switches = {"flip": "--flip_below 1", "margin": "--margin",
+                "soft": "--smoothing 0.1" + " --soften_all" * (i > 1)}  # in the first most are soft
+    flags = " ".join(switches[word] for word in name.split("_") if word)
+    name = f"tenth_{i:02d}" + f"_{name}" * bool(name)
     return ([f"04_rm_denoise/{name}"], purpose, 8,
             f"04_rm_denoise.py --methods baseline --percentile {10 * i - 10} {10 * i} {flags} "
             f"--epochs 3 --eval_every {{often}} --name {name}")
@@ -271,16 +274,11 @@ def pairs_table(rounds, usual, alpha):
         *pipeline(rounds)[:-2],
         # ---- sections 2.3, 2.4: what each part of the data teaches
         *(tenth(i, "Figure 4") for i in range(1, 11)),
-        *(tenth(i, "Figure 5", "flip", "--flip_below 1") for i in (1, 2)),
-        tenth(10, "Figure 6", "soft", "--smoothing 0.1 --soften_all"),
-        tenth(10, "Figure 6", "margin", "--margin"),
-        tenth(10, "Figure 6", "soft_margin", "--smoothing 0.1 --soften_all --margin"),
-        tenth(1, "Figure 23", "flip_soft", "--flip_below 1 --smoothing 0.1"),
-        tenth(1, "Figure 23", "flip_margin", "--flip_below 1 --margin"),
-        tenth(1, "Figure 23", "flip_soft_margin", "--flip_below 1 --smoothing 0.1 --margin"),
-        tenth(4, "Figure 24", "soft", "--smoothing 0.1 --soften_all"),
-        tenth(4, "Figure 24", "margin", "--margin"),
-        tenth(1, "Figure 25", "soft", "--smoothing 0.1"),
+        *(tenth(i, "Figure 5", "flip") for i in (1, 2)),
+        *(tenth(10, "Figure 6", name) for name in ("soft", "margin", "soft_margin")),
+        *(tenth(1, "Figure 23", f"flip_{name}") for name in ("soft", "margin", "soft_margin")),
+        *(tenth(4, "Figure 24", name) for name in ("soft", "margin")),
+        tenth(1, "Figure 25", "soft"),
         *(part(0, high, "Figure 21") for high in (20, 40, 60, 80)),
         *(part(low, 100, "Figure 22") for low in (80, 60, 40, 20)),
         *(([f"04_rm_denoise/{method}_3_epochs"], "Figures 7, 8, 19, 20, 26, 27, 28", 50,
@@ -424,11 +422,14 @@ def main():
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     args, data = parser.parse_known_args()
+    data = [w for word in data for w in (word.split("=", 1) if word[:2] == "--" else [word])]
     for name in ("preset", "limit"):
         value = getattr(args, name)
         data += [f"--{name}", str(value)] if value is not None else []
     if args.texts and not args.clean:
         die("--texts goes with clean")
+    if not args.plan and (args.tensorboard or args.clean):
+        die("--tensorboard and --clean go with the pipeline")
     if not args.plan and (args.M, args.folds) != (None, None):
         die("--M and --folds go with the pipeline: the experiments have ten voters, and no folds")
     if not args.plan and any(getattr(args, name) is not None for name in judges.FLAGS):

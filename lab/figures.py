@@ -2,7 +2,7 @@
 drawing of each; lab/page.py puts them on a page, lab/claims.py takes its ledger from the same
 numbers.
 
-A run is a namespace: `path` (its directory), `summary` (that of the summary task, or None), `seed`.
+A run is a namespace: `path` (its directory), `summary` (that of the summary task, or None).
 `FIGURES` names for each figure a function run → data (numbers as JSON keeps them, down to single
 pairs and prompts, so that the ledger can draw its intervals), and a function (data of every seed)
 → (matplotlib figure, rows of the table behind it).
@@ -53,17 +53,10 @@ class Missing(Exception):
 # ---------------------------------------------------------------- reading runs
 
 @cache
-def rows(path):
-    if not path.exists():
-        raise Missing(f"{path} is not there")
-    return read_jsonl(path)
-
-
-@cache
 def read(path):
     if not path.exists():
         raise Missing(f"{path} is not there")
-    return read_json(path)
+    return (read_jsonl if path.suffix == ".jsonl" else read_json)(path)
 
 
 @cache
@@ -71,8 +64,8 @@ def curve(run_path, model):
     """Training of one model of stage 04 → {"step": [S], "train_loss": [S], "right": {set:
     [S][pairs] 0 or 1}}; the sets are the three validation sets, "train" and, at the steps of
     "gold_step" only, "gold"."""
-    scores = rows(run_path / "04_rm_denoise" / model / "scores.jsonl")
-    valid = [row for row in rows(run_path / "03_strength/valid.jsonl")
+    scores = read(run_path / "04_rm_denoise" / model / "scores.jsonl")
+    valid = [row for row in read(run_path / "03_strength/valid.jsonl")
              if row["id"] in scores[0]["valid"]]
     right = [common.correct(torch.tensor([s["valid"][row["id"]] for row in valid]), valid)
              for s in scores]
@@ -94,40 +87,28 @@ def ppo(run, *names):
     """{policy: {metric: [steps]}} from stage 06."""
     out = {}
     for name in names:
-        history = rows(run.path / "06_ppo" / name / "metrics.jsonl")
-        out[name] = {k: [h[k] for h in history] for k in (*UNITS, "entropy", "reward_std")
-                     if k in history[0]}
+        history = read(run.path / "06_ppo" / name / "metrics.jsonl")
+        out[name] = {k: [h[k] for h in history] for k in (*UNITS, "reward_std") if k in history[0]}
     return out
 
 
-def evaluated(run, policies, kinds=("eval_", "ood_")):
-    """What stage 08 says of some policies on the sets of some kinds, the summary task's too: its
+def evaluated(run, policies, kind=""):
+    """What stage 08 says of some policies on the sets of a kind, the summary task's too: its
     comparisons, the verdicts behind them, each task's best round and where it may be measured."""
     out = {"comparisons": [], "verdicts": {}, "best": {}, "unseen": {}}
     for path in [p for p in (run.path, run.summary) if p]:
         tables = read(path / "08_evaluate/tables.json")
         out["comparisons"] += [row for row in tables["comparisons"] if row["policy"] in policies
-                               and row["set"].startswith(kinds)]
+                               and row["set"].startswith(kind)]
         out["best"] |= tables["best_round"]
         out["unseen"] |= tables["unseen"]
         for name, found in read(path / "08_evaluate/verdicts.json").items():
-            if name.startswith(kinds) and (found := {p: found[p] for p in policies if p in found}):
+            if name.startswith(kind) and (found := {p: found[p] for p in policies if p in found}):
                 out["verdicts"][name] = found
     if not out["comparisons"]:
-        raise Missing(f"{run.path}/08_evaluate has no {' or '.join(kinds)} set with one of "
+        raise Missing(f"{run.path}/08_evaluate has no set {kind}* with one of "
                       f"{', '.join(policies)}")
     return out
-
-
-def mean_scores(run, policies, kind="eval_"):
-    """{set: {policy: mean score of the judge}} from stage 08."""
-    found = {}
-    for path in [p for p in (run.path, run.summary) if p]:
-        for policy, sets in read(path / "08_evaluate/tables.json")["mean_score"].items():
-            for name, value in sets.items():
-                if policy in policies and name.startswith(kind):
-                    found.setdefault(name, {})[policy] = value
-    return found
 
 
 def rounds(run):
@@ -140,14 +121,14 @@ def rounds(run):
 # ---------------------------------------------------------------- data of each figure
 
 def data_01(run):
-    train = rows(run.path / "03_strength/train.jsonl")
+    train = read(run.path / "03_strength/train.jsonl")
     return {"mean": [round(r[MEAN], 4) for r in train], "std": [round(r[STD], 4) for r in train]}
 
 
 def data_accuracies(run):
     """{reward model: {validation set: share of its pairs that are right, at the end}}: the voters,
     and the pipeline's models of stages 04, 05 and 07."""
-    valid = rows(run.path / "03_strength/valid.jsonl")
+    valid = read(run.path / "03_strength/valid.jsonl")
     scores = torch.tensor([[row[f"{side}_score_list"] for side in ("chosen", "rejected")]
                            for row in valid])                                      # [N, 2, M]
     out = {f"voter {m}": common.accuracies(scores[..., m], valid) for m in range(scores.shape[2])}
@@ -194,21 +175,19 @@ def data_16(run):
 
 def data_19(run):
     """The baseline over three epochs, and its last scores of the validation pairs."""
-    scores = rows(run.path / "04_rm_denoise/baseline_3_epochs/scores.jsonl")
+    scores = read(run.path / "04_rm_denoise/baseline_3_epochs/scores.jsonl")
     return curves(run, "baseline_3_epochs") | {"scores": list(scores[-1]["valid"].values())}
 
 
 def data_20(run):
     """Scores of the validation pairs under the baseline over three epochs; at the epochs' ends
     every pair's."""
-    scores = rows(run.path / "04_rm_denoise/baseline_3_epochs/scores.jsonl")
+    scores = read(run.path / "04_rm_denoise/baseline_3_epochs/scores.jsonl")
     pairs = np.array([list(s["valid"].values()) for s in scores])                  # [S, N, 2]
     steps = [s["step"] for s in scores]
-    ends = [epoch_end(steps, epoch) for epoch in (1, 2, 3)]
     return {"step": steps, "chosen": pairs[..., 0].mean(1).round(4).tolist(),
             "rejected": pairs[..., 1].mean(1).round(4).tolist(),
-            "epoch_end_step": [steps[i] for i in ends],
-            "epoch_end": [pairs[i].tolist() for i in ends]}
+            "epoch_end": [pairs[epoch_end(steps, e)].tolist() for e in (1, 2, 3)]}
 
 
 def epoch_end(steps, epoch, epochs=3):
@@ -224,7 +203,7 @@ def data_26(run):
     """p(y_c > y_r | x) of the same training pairs over training, under the labels trained on."""
     out = {}
     for name in ("baseline", "flip"):
-        scores = rows(run.path / f"04_rm_denoise/{name}_3_epochs/scores.jsonl")
+        scores = read(run.path / f"04_rm_denoise/{name}_3_epochs/scores.jsonl")
         d = np.array([list(s["train"].values()) for s in scores]) @ [1, -1]
         out[name] = {"step": [s["step"] for s in scores],
                      "p": (1 / (1 + np.exp(-d))).round(3).tolist()}
@@ -234,8 +213,8 @@ def data_26(run):
 def data_27(run):
     """Whether each validation pair is right under each method, pairs by ascending strength."""
     models = [f"{name}_3_epochs" for name in METHODS]
-    kept = rows(run.path / "04_rm_denoise" / models[0] / "scores.jsonl")[0]["valid"]
-    strength = [r[MEAN] for r in rows(run.path / "03_strength/valid.jsonl") if r["id"] in kept]
+    kept = read(run.path / "04_rm_denoise" / models[0] / "scores.jsonl")[0]["valid"]
+    strength = [r[MEAN] for r in read(run.path / "03_strength/valid.jsonl") if r["id"] in kept]
     order = np.argsort(strength, kind="stable")
     right = {m: np.array(curve(run.path, m)["right"]["original"])[:, order].tolist()
              for m in models}
@@ -247,7 +226,7 @@ def data_variants(run):
     on true labels; Kendall's tau of rewards and judge for each prompt that round 0's policy
     answered; and what stage 08 says of PPO under them."""
     folder, out = run.path / "07_metarm", {}
-    samples = rows(run.path / "08_best_of_n_round_0/best_of_n.jsonl")
+    samples = read(run.path / "08_best_of_n_round_0/best_of_n.jsonl")
 
     def model(name, kind, eta, J):
         metrics = read(run.path / name / "manifest.json")["metrics"]
@@ -267,7 +246,7 @@ def data_variants(run):
         raise Missing(f"{folder} has no eta_* and no variant that round 0's samples were scored by")
     out = dict(sorted(out.items(), key=lambda x: (list(VARIANTS).index(x[1]["kind"]), x[1]["eta"])))
     return {"models": {"vanilla": model("04_rm_denoise/baseline", "vanilla", 0.0, vanilla)} | out,
-            **evaluated(run, ["round_1", "more_1", *VARIANTS, "weights_mild"], ("eval_",))}
+            **evaluated(run, ["round_1", "more_1", *VARIANTS, "weights_mild"], "eval_")}
 
 
 def data_overoptimised(run):
@@ -308,7 +287,7 @@ def data_parting(run):
 
 def data_table_1(run):
     """The weakest pair, the one nearest zero and the strongest, with their texts."""
-    return {row["kind"]: row for row in rows(run.path / "03_strength/table_1.jsonl")}
+    return {row["kind"]: row for row in read(run.path / "03_strength/table_1.jsonl")}
 
 
 def data_samples(run):
@@ -317,18 +296,14 @@ def data_samples(run):
     most to see, by a choice that knows neither gold nor the text."""
     out = {}
     for name in ["round_0", *rounds(run)[1:]]:
-        samples = rows(run.path / "06_ppo" / name / "samples.jsonl")
-        for step, policy in ((0, "sft"), (samples[-1]["step"], name)):
-            if step or name == "round_0":
-                for s in [s for s in samples if s["step"] == step]:
-                    entry = out.setdefault(s["id"], {"prompt": s["prompt"], "answers": []})
-                    entry["answers"].append({"policy": policy} | {
-                        k: s[k] for k in ("response", "reward", "gold") if k in s})
-
-    def rise(id):
-        sft, vanilla = out[id]["answers"][:2]
-        return vanilla["reward"] - sft["reward"]
-    most = max(out, key=rise)
+        samples = read(run.path / "06_ppo" / name / "samples.jsonl")
+        policy = {samples[-1]["step"]: name} | ({0: "sft"} if name == "round_0" else {})
+        for s in [s for s in samples if s["step"] in policy]:
+            entry = out.setdefault(s["id"], {"prompt": s["prompt"], "answers": []})
+            entry["answers"].append({"policy": policy[s["step"]]} | {
+                k: s[k] for k in ("response", "reward", "gold") if k in s})
+    most = max(out, key=lambda prompt: out[prompt]["answers"][1]["reward"] -
+               out[prompt]["answers"][0]["reward"])
     return {most: out.pop(most)} | out
 
 
@@ -348,22 +323,22 @@ def data_15(run):
 
 
 def data_more(run):
-    policies = [*rounds(run)[:4], "more_1", "more_2", "more_3"]
-    found = {name: x for name, x in mean_scores(run, policies).items() if "more_1" in x}
-    for scores in found.values():  # rounds that both have
-        for r in (1, 2, 3):
-            if not {f"more_{r}", f"round_{r}"} <= scores.keys():
-                scores.pop(f"more_{r}", None)
-    if not found:
-        raise Missing(f"{run.path}/08_evaluate has no more_1 (run 06_ppo.py --name more_1, then "
-                      "08_evaluate.py)")
-    return found
+    """{set: {policy: mean score of the judge}} of the rounds of MetaRM and of more PPO, as far as
+    there are both."""
+    scores, last = read(run.path / "08_evaluate/tables.json")["mean_score"], 0
+    while {f"round_{last + 1}", f"more_{last + 1}"} <= scores.keys():
+        last += 1
+    if not last:
+        raise Missing(f"{run.path}/08_evaluate has not both round_1 and more_1 (run 06_ppo.py "
+                      "--name more_1, then 08_evaluate.py), or no mean scores")
+    names = ["round_0", *(f"{kind}_{r}" for r in range(1, last + 1) for kind in ("round", "more"))]
+    return {s: {n: scores[n][s] for n in names} for s in scores["round_0"] if s[:5] == "eval_"}
 
 
 def data_best_of_n(run):
     """Expected judge's score and own reward of the best of n under each reward model, and under the
     mean and mean - std of stage 02's standardised rewards, for each prompt."""
-    samples = rows(run.path / "08_best_of_n/best_of_n.jsonl")
+    samples = read(run.path / "08_best_of_n/best_of_n.jsonl")
     ns = [2 ** i for i in range(int(math.log2(len(samples[0]["judge"]))) + 1)]
     rewards = {name: np.array([s["rewards"][name] for s in samples]) for name in
                samples[0]["rewards"]}                                            # [prompts, N]
@@ -401,7 +376,7 @@ def show(panels, columns=None, width=4.2, height=3.1, **more):
 
     lines: {label: (x, [curve of each seed])}, drawn as the mean over seeds of curves that may
     differ in length, the range over seeds as a band; style: {label: settings}; bars: {label:
-    values} as histograms; level, at: where a dotted line lies.
+    values} as histograms of settings hist; level, at: where a dotted line lies.
     """
     columns = columns or len(panels)
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False,
@@ -625,14 +600,13 @@ def draw_ppo(seeds):
             for m in lines[keys[0]]]
 
 
-def pooled(seeds, opponents, kinds=("eval_", "ood_"), policies=None):
+def pooled(rows, opponents, kind, best=False):
     """Comparisons of stage 08 over all seeds: rows (set, policy, opponent, win, tie, lose in %, not
-    rounded, prompts). `policies` None: of the best round, which may be another in each seed."""
+    rounded, prompts). best: of the best round, which may be another in each seed."""
     found = {}
-    for row in [row for d in seeds for row in d]:
-        if row["set"].startswith(kinds) and row["opponent"] in opponents and (
-                policies is None or row["policy"] in policies):
-            policy = row["policy"] if policies else "best"
+    for row in rows:
+        if row["set"].startswith(kind) and row["opponent"] in opponents:
+            policy = "best" if best else row["policy"]
             found.setdefault((row["set"], row["opponent"], policy), []).append(row)
     table = [["set", "policy", "opponent", "win %", "tie %", "lose %", "prompts"]]
     for (name, opponent, _), same in found.items():
@@ -646,11 +620,11 @@ def rounded(table):
     return [[f"{x:.0f}" if isinstance(x, float) else x for x in row] for row in table]
 
 
-def draw_wins(opponents, kinds=("eval_",), policies=None):
-    """Bars of win, tie and lose, a panel for each set and opponent: Figures 10, 13, 15."""
+def draw_wins(opponents, kind="eval_", best=False):
+    """Bars of win, tie and lose, a panel for each set and opponent: Figures 10, 13, 15, Table 2."""
     def draw(seeds):
-        table = pooled([d["comparisons"] if policies else d for d in seeds], opponents, kinds,
-                       policies)
+        table = pooled([row for d in seeds for row in (d if best else d["comparisons"])],
+                       opponents, kind, best)
         panels = list(dict.fromkeys((row[0], row[2]) for row in table[1:]))
         shown = {p: [r for r in table[1:] if (r[0], r[2]) == p][::-1] for p in panels}
         figure = show([{"title": f"{name} against {opponent}", "xlim": (0, 100),
@@ -817,7 +791,7 @@ def draw_overoptimised(seeds):
 
 def draw_more(seeds):
     names, texts = list(seeds[0]), {"MetaRM rounds": "round", "more PPO, same model": "more"}
-    after = range(1 + max(int(p[5:]) for p in seeds[0][names[0]] if p.startswith("more_")))
+    after = range(len(seeds[0][names[0]]) // 2 + 1)
     lines = {name: {text: (after, [[d[name][f"{prefix}_{r}" if r else "round_0"] for r in after]
                                    for d in seeds]) for text, prefix in texts.items()}
              for name in names}
@@ -856,23 +830,14 @@ def draw_equation_17(seeds):
                                d["eta"]] for i, d in enumerate(seeds)]
 
 
-def draw_table_2(seeds):
-    policies = dict.fromkeys(row["policy"] for d in seeds for row in d["comparisons"])
-    return draw_wins(("sft",), policies=list(policies))(seeds)
-
-
 def draw_table_3(seeds):
-    return None, rounded(pooled(seeds, ("sft", "round_0"), ("eval_",)))
+    return None, rounded(pooled(sum(seeds, []), ("sft", "round_0"), "eval_", best=True))
 
 
-def draw_texts(seeds):
-    return None, []  # page.html sets the texts
-
-
-# name: (data of a run, drawing)
+# name: (data of a run, drawing; None: page.html sets the texts)
 DRAWN = {
     "figure_01": (data_01, draw_01),
-    "table_1": (data_table_1, draw_texts),
+    "table_1": (data_table_1, None),
     "accuracies": (data_accuracies, draw_accuracies),
     "figure_02": (lambda run: read(run.path / "03_strength/groups.json"), draw_02),
     "figure_03": (data_03, draw_03),
@@ -884,21 +849,20 @@ DRAWN = {
     "figure_07": (lambda run: data_epochs(run, NOISY, NOISY), draw_models),
     "figure_08": (data_epochs, draw_08),
     "figure_09": (lambda run: ppo(run, *METHODS), draw_ppo),
-    "figure_10": (lambda run: evaluated(run, METHODS, ("eval_",)),
-                  draw_wins(("baseline", "sft"), policies=METHODS)),
+    "figure_10": (lambda run: evaluated(run, METHODS, "eval_"), draw_wins(("baseline", "sft"))),
     "figure_11": (data_11, draw_11),
     "figure_12": (lambda run: ppo(run, "baseline", *CONTRASTIVE), draw_ppo),
-    "figure_13": (lambda run: evaluated(run, CONTRASTIVE, ("eval_",)),
-                  draw_wins(("baseline", "sft"), policies=CONTRASTIVE)),
+    "figure_13": (lambda run: evaluated(run, CONTRASTIVE, "eval_"),
+                  draw_wins(("baseline", "sft"))),
     "equation_17": (lambda run: read(run.path / "07_metarm/round_1/equation_17.json"),
                     draw_equation_17),
-    "table_2": (lambda run: evaluated(run, rounds(run)), draw_table_2),
+    "table_2": (lambda run: evaluated(run, rounds(run)), draw_wins(("sft",))),
     "table_3": (data_table_3, draw_table_3),
-    "figure_15": (data_15, draw_wins(("sft", "round_0"), ("ood_",))),
+    "figure_15": (data_15, draw_wins(("sft", "round_0"), "ood_", best=True)),
     "figure_16": (data_16, draw_16),
     "figure_17": (lambda run: ppo(run, *rounds(run)), draw_ppo),
     "parting": (data_parting, draw_parting),
-    "samples": (data_samples, draw_texts),
+    "samples": (data_samples, None),
     "figure_19": (data_19, draw_19),
     "figure_20": (data_20, draw_20),
     "figure_21": (lambda run: curves(run, *PARTS[0], "baseline"), draw_models),

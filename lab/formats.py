@@ -205,8 +205,7 @@ def take_history(row, style, whole=False):
     if is_texts(base):
         if len(base) % 2 == 0:
             raise Bad(f"`{names[0]}` has an even number of texts: the last one is not the user's")
-        base = [{**m, "role": "user" if m["role"] == "assistant" else "assistant"}
-                for m in alternate(base)]
+        base = alternate([*base, ""])[:-1]  # the last one is the user's
     elif not isinstance(base, str):
         base = messages(base, names[0])
     elif not markup(base):
@@ -283,9 +282,8 @@ def prompt_messages(text):
 
 def tldr(info):
     """The post of OpenAI's TL;DR comparisons, or its news article, as a request."""
-    lines = [f"{name.upper()}: {info[key]}" for name, key in (
-        ("subreddit", "subreddit"), ("title", "title"), ("post", "post"), ("article", "article"))
-        if isinstance(info.get(key), str)]
+    lines = [f"{key.upper()}: {info[key]}" for key in ("subreddit", "title", "post", "article")
+             if isinstance(info.get(key), str)]
     if not any(str(info.get(key) or "").strip() for key in ("post", "article")):
         raise Drop("empty prompt")
     return "\n\n".join(lines) + "\n\nTL;DR:"

@@ -475,10 +475,8 @@ def agreement(a, b):
     a, b = np.array(pairs).T
     share = scipy.stats.binomtest(int((a == b).sum()), len(a))
     interval = share.proportion_ci(0.95, method="wilson")
-    rng, kappas = np.random.default_rng(0), []
-    for _ in range(1000):
-        i = rng.integers(len(a), size=len(a))
-        kappas.append(kappa(a[i], b[i]))
+    rng = np.random.default_rng(0)
+    kappas = [kappa(a[i], b[i]) for i in (rng.integers(len(a), size=len(a)) for _ in range(1000))]
     return {"n": len(a), "agreement": share.statistic, "interval": [interval.low, interval.high],
             "kappa": kappa(a, b), "kappa_interval": np.percentile(kappas, [2.5, 97.5]).tolist()}
 

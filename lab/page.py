@@ -44,21 +44,10 @@ def commands(run, patterns):
                               for m in map(read_json, found)))
 
 
-def judge_of(manifests):
-    """Who labelled the validation pairs (where a judge that reads did) and compared policies."""
-    found = {name: manifests.get(stage, {}).get("metrics", {}).get("judge") for name, stage in (
-        ("labels", "03_strength"), ("policies", "08_evaluate"))}
-    report = manifests.get("08_evaluate", {}).get("metrics", {}).get("report", {})
-    if "gold" in report:
-        found["with gold"] = judges.describe_agreement(report["gold"])
-    return "; ".join(f"{name}: {j['judge'] if isinstance(j, dict) else j}"
-                     for name, j in found.items() if j)
-
-
-def judged(run):
+def judged(path):
     """{stage: its judge, in a sentence}: of policies and, where one that reads did, of labels."""
-    found = {stage: read_json(run.path / stage / "manifest.json")["metrics"]
-             for stage in finished(run.path) if stage == "03_strength" or stage[:2] == "08"}
+    found = {stage: read_json(path / stage / "manifest.json")["metrics"]
+             for stage in finished(path) if stage == "03_strength" or stage[:2] == "08"}
     reports = {stage: m.get("report", m.get("judge")) for stage, m in found.items()}
     return {stage: judges.describe(r) if "items" in r else f"judge {found[stage]['judge']}"
             for stage, r in reports.items() if r}
@@ -75,7 +64,8 @@ def what_was_run(runs):
             "01_sft", {"hardware": "", "world_size": "0"})
         rows.append([
             path.name, info["preset"] + (f", limit {info['limit']}" if info.get("limit") else ""),
-            ", ".join(map(str, info["preferences"])), info["model"], judge_of(manifests),
+            ", ".join(map(str, info["preferences"])), info["model"],
+            "; ".join(f"{stage}: {said}" for stage, said in judged(path).items()),
             f"{sum(m['seconds'] for m in manifests.values()) / 60:.1f}",
             f"{last['hardware']}, {last['world_size']} process(es)",
             head(manifests)])
@@ -84,12 +74,11 @@ def what_was_run(runs):
 
 def in_one_line(run):
     """A run in a sentence, from what stays the same when it is replayed."""
-    info, made = read_json(run.path / "run.json"), finished(run.path)
+    info, rounds = read_json(run.path / "run.json"), len(figures.rounds(run)[1:])
     sources = "The embedded world" if info["preferences"] == ["toy"] else ", ".join(
         Path(s).name for s in map(str, info["preferences"]))
     model = "a model of half a million parameters" if info["model"] == "tiny" else \
         f"{Path(info['model']).name} and its reward models"
-    rounds = max([0, *(int(name[13:]) for name in made if re.fullmatch(r"06_ppo/round_\d+", name))])
     return (f"{sources}, {model}, the {info['preset']} preset, "
             f"{rounds or 'no'} round{'s' * (rounds != 1)} of MetaRM")
 
@@ -122,7 +111,7 @@ def collect(runs, show_texts):
 
 def sections(runs, entries, collected, absent, folder):
     """What page.html shows of each figure and table; draws them into `folder`."""
-    judge = judged(runs[0])
+    judge = judged(runs[0].path)
     for name, (title, saw, made, _, draw) in progress(figures.FIGURES.items(), "drawing"):
         place = re.match(r"(?:Figure|Table|Equation) \d+", title)
         mine = re.compile(rf"\b{place[0].replace('Equation', 'Eq.')}\b") if place else None
@@ -133,7 +122,7 @@ def sections(runs, entries, collected, absent, folder):
         s.ours = [e for e in entries if "values" in e and mine and mine.search(e["where"])]
         if name in collected:
             seeds = list(collected[name].values())
-            figure, s.table = draw(seeds)
+            figure, s.table = draw(seeds) if draw else (None, [])
             s.commands, s.absent = "\n".join(commands(runs[0], made)), None
             s.data = seeds[0] if name in TEXTS else None
             if figure:
@@ -171,13 +160,12 @@ def find_runs(out):
     seeds = sorted(
         int(p.parent.name[5:]) for p in out.glob("seed_*/run.json") if p.parent.name[5:].isdigit())
     if (out / "run.json").exists():
-        return [SimpleNamespace(path=out, seed=read_json(out / "run.json")["seed"], summary=None)]
+        return [SimpleNamespace(path=out, summary=None)]
     if not seeds:
         die(f"{out} holds no run: bash run_all.sh --out {out} makes one")
-    done = {s: (out / f"summary_{s}/08_evaluate/manifest.json").exists() for s in seeds}
-    return [
-        SimpleNamespace(path=out / f"seed_{s}", seed=s,
-                        summary=out / f"summary_{s}" if done[s] else None) for s in seeds]
+    done = {s for s in seeds if (out / f"summary_{s}/08_evaluate/manifest.json").exists()}
+    return [SimpleNamespace(path=out / f"seed_{s}", summary=out / f"summary_{s}" if s in done
+                            else None) for s in seeds]
 
 
 def own_texts(path):

@@ -188,9 +188,8 @@ def draw_prompt(task, rng, split="in"):
         ordinary, held_out = (TOPICS, HELD_OUT_TOPICS) if task == "helpful" else \
             (HARMFUL, HELD_OUT_HARMFUL)
         topic = rng.choice(list(held_out if new_topic else ordinary))
-        templates = ASK[task][0]
-        if split == "ood":
-            templates = ASK[task][0] + ASK[task][1] if new_topic else ASK[task][1]
+        known, new = ASK[task]
+        templates = known if split != "ood" else known + new if new_topic else new
         parts = rng.choice(LEAD_INS), rng.choice(templates).format(topic), rng.choice(TAILS)
         text = " ".join(p for p in parts if p)
     return f"\n\nHuman: {text}\n\nAssistant:"
@@ -214,23 +213,19 @@ def draw_response(prompt, quality, rng, held_out=False):
     facts = [t for t in FACTS if held_out or t in TOPICS]
     harmful = [t for t in COMPLIANCES if held_out or t in HARMFUL]
     if task == "summary":
-        body = [
-            s for s in about
-            if rng.random() < (0.1 + 0.5 * bad if s in IDLE else 0.4 + 0.55 * quality)]
+        body = [s for s in about
+                if rng.random() < (0.1 + 0.5 * bad if s in IDLE else 0.4 + 0.55 * quality)]
         body = body or [rng.choice(about)]
         if rng.random() < 0.4 * bad:            # an invented sentence: another name or another item
-            body.append(
-                rng.choice(EVENTS[0] + PROBLEMS).format(n=rng.choice(NAMES[0]),
-                                                        i=rng.choice(ITEMS)))
+            body.append(rng.choice(EVENTS[0] + PROBLEMS).format(
+                n=rng.choice(NAMES[0]), i=rng.choice(ITEMS)))
     elif task == "helpful":
         if rng.random() < 0.25 * bad:
             body = [rng.choice(REFUSALS + RUDE_REFUSALS)]
         else:
-            body = rng.sample(FACTS[about],
-                              rng.choice((1, 2, 2, 3) if rng.random() < bad else (2, 3, 3)))
-            body = [
-                s if rng.random() < 0.5 + 0.48 * quality else rng.choice(FACTS[rng.choice(facts)])
-                for s in body]
+            n = rng.choice((1, 2, 2, 3) if rng.random() < bad else (2, 3, 3))
+            body = [s if rng.random() < 0.5 + 0.48 * quality else
+                    rng.choice(FACTS[rng.choice(facts)]) for s in rng.sample(FACTS[about], n)]
     else:
         if rng.random() < 0.6 * bad:
             body = rng.sample(COMPLIANCES[about], rng.choice((1, 2, 2, 3)))
@@ -340,19 +335,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     data = build(parser.parse_args().seed, n_pairs=6, n_sft=3, n_prompts=0, n_eval=1, tasks=TASKS)
 
-    def show(name, prompt, response):
-        print(f"  {name:9}{gold(prompt, response):+5.1f} {response}")
-        print(" " * 17 + ", ".join(kind for _, kind in judge(prompt, response)))
-
     for task in TASKS:
         print(f"\n=== {task}")
-        for row in [r for r in data["pairs"] if r["task"] == task]:
+        for row in [r for r in data["pairs"] + data["sft"] if r["task"] == task]:
             print("\n" + row["prompt"].strip().partition("\n")[0])
-            show("chosen", row["prompt"], row["chosen"])
-            show("rejected", row["prompt"], row["rejected"])
-        for row in [r for r in data["sft"] if r["task"] == task]:
-            print("\n" + row["prompt"].strip().partition("\n")[0])
-            show("sft", row["prompt"], row["response"])
+            for name in [n for n in ("chosen", "rejected", "response") if n in row]:
+                print(f"  {name:9}{gold(row['prompt'], row[name]):+5.1f} {row[name]}")
+                print(" " * 17 + ", ".join(kind for _, kind in judge(row["prompt"], row[name])))
         print("\nood    " + data[f"ood_{task}"][0]["prompt"].strip().partition("\n")[0])
 
 

@@ -47,7 +47,7 @@ def check_outputs(out, good, found):
             found[folder].append(f"missing: {folder}/manifest.json")
 
 
-def check_inputs(out, good, found):
+def check_inputs(good, found):
     """Every input is the output of a stage with that hash, or a file of the user's own with it."""
     recorded = {path: value for m in good.values() for path, value in m["outputs"].items()}
     for name, manifest in good.items():
@@ -75,7 +75,7 @@ def verify(out):
     good = {name: m for name, m in manifests.items() if m}
     found = {name: [] if m else [f"changed: {name}/manifest.json"] for name, m in manifests.items()}
     check_outputs(out, good, found)
-    check_inputs(out, good, found)
+    check_inputs(good, found)
     for name, manifest in good.items():
         for file, value in manifest["code"].items():
             if not (HERE / file).is_file() or sha256(HERE / file) != value:

@@ -240,7 +240,9 @@ def test_other_flags_on_an_existing_run_are_refused(real):
                           (["--preset", "huge"], ["--preset"]),
                           (["--seed", "1", "2"], ["2", "--help"]), (["stray"], ["stray"]),
                           (["--from", "99_nothing", "--dry_run"], ["--from", "99_nothing"]),
-                          (["--seeds", "2"], ["--seeds goes with experiments"]),])
+                          (["--seeds", "2"], ["--seeds goes with experiments"]),
+                          (["experiments", "--seed=7", "--dry_run"], ["--seed"]),
+                          (["experiments", "--clean", "--dry_run"], ["--clean"]),])
 def test_bad_flags(flags, words, tmp_path):
     one_error(driver(*flags, "--out", tmp_path / "out", check=False) if flags != ["--limit"] else
               driver("--out", tmp_path / "out", *flags, check=False), *words)

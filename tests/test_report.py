@@ -237,7 +237,7 @@ def evaluation(**rounds):
 def test_the_best_round_is_measured_on_other_prompts():
     """Round 1 looks best on the even prompts by chance only: on the odd ones it is no better."""
     d = evaluation(round_0=[0] * 8, round_1=[1, -1] * 4, round_2=[0] * 8)
-    assert claims.best_beats_vanilla(d, np.arange) == -1
+    assert claims.best_beats_vanilla(d, np.arange, "eval_") == -1
     assert claims.falls_after_best(d, np.arange) == 0  # no win of either on the odd ones
 
 
@@ -254,12 +254,28 @@ def test_a_seed_that_lacks_a_figure_is_left_out_of_its_claims():
     assert entries["C28b"]["values"] == {"seed_1": 1.0}
 
 
+def test_more_ppo_is_shown_as_far_as_there_are_rounds_beside_it(tmp_path):
+    names = ["round_0", "round_1", "round_2", "more_1", "more_2", "more_3"]
+    (tmp_path / "08_evaluate").mkdir()
+    for have, want in ((names, names[:5]), (["round_0", "more_1"], None)):
+        (tmp_path / "08_evaluate/tables.json").write_text(json.dumps(
+            {"mean_score": {name: {"eval_x": 0.5, "ood_x": 0.1} for name in have}}))
+        figures.read.cache_clear()
+        if want:
+            found = figures.data_more(SimpleNamespace(path=tmp_path, summary=None))
+            assert list(found) == ["eval_x"] and sorted(found["eval_x"]) == sorted(want)
+            assert figures.draw_more([found])
+        else:
+            with pytest.raises(figures.Missing, match="more_1"):
+                figures.data_more(SimpleNamespace(path=tmp_path, summary=None))
+
+
 def test_one_round_is_too_few_to_rise_or_fall():
     d = evaluation(round_0=[0] * 8, round_1=[1] * 8)
     assert math.isnan(claims.first_rounds_rise(d, np.arange))
     assert math.isnan(claims.falls_after_best(d, np.arange))
-    assert claims.best_beats_vanilla(d, np.arange) == 1
-    assert math.isnan(claims.best_beats_vanilla_ood(d, np.arange))
+    assert claims.best_beats_vanilla(d, np.arange, "eval_") == 1
+    assert math.isnan(claims.best_beats_vanilla(d, np.arange, "ood_"))
 
 
 def test_names_are_those_of_the_stages():
@@ -290,8 +306,8 @@ def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
 
 def test_the_driver_prints_the_list(tmp_path):
     out = tmp_path / "out"
-    lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--seeds", 2, "--limit", 2,
-                "--out", out).stdout.splitlines()
+    lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--seeds", 2, "--limit=2",
+                f"--out={out}").stdout.splitlines()
     rows = experiments.pairs_table(2, 0.1, 0.001) + experiments.summary_table(2)
     assert len(lines) == 2 * len(rows) and not out.exists()
     assert lines[0].split("  #")[0].strip() == f"00_data.py --limit 2 --seed 0 --out {out}/seed_0"
@@ -436,7 +452,7 @@ def test_figures_name_their_judge(tmp_path):
                                             "report": {"judge": "ensemble, a proxy"}})):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "manifest.json").write_text(json.dumps({"metrics": metrics}))
-    assert pages.judged(SimpleNamespace(path=tmp_path)) == {
+    assert pages.judged(tmp_path) == {
         "03_strength": "judge model:m: 9 items, 1 not asked, 0 without a verdict, 50% of 4 items "
         "judged otherwise in the other order", "08_best_of_n": "judge gold",
         "08_evaluate": "judge ensemble, a proxy"}
@@ -636,7 +652,7 @@ def test_reward_and_gold_part_where_gold_is_highest(tmp_path):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(dict.fromkeys(
                 figures.UNITS, 0.0) | {"reward": i, "reward_std": 2.0, "gold": g}) + "\n"
                 for i, g in enumerate(gold[20 * r:20 * r + 20])))
-        figures.rows.cache_clear()
+        figures.read.cache_clear()
         return figures.data_parting(pages.SimpleNamespace(path=tmp_path))
     rises = np.linspace(0, 1, 40).tolist()
     assert part(rises)["part"] is None
