@@ -70,7 +70,7 @@ ANSWERS = ("response", "output", "completion", "answer", "chosen")
 # what a prompt may not lose, in a row or a message
 CARRIERS = ("tools", "functions", "context", "contexts", "passage", "documents", "image", "images",
             "image_path", "image_url", "video", "videos", "audio", "audios", "audio_path",
-           "chat_history", "conversation_history", "initial_reason_steps")
+            "chat_history", "conversation_history", "initial_reason_steps")
 SYSTEM = ("system", "system_prompt", "system_message")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEYS = {"role", "from", "content", "value", "input", "output", "tool_call_id", "name", *CALLS,
@@ -404,7 +404,7 @@ def by_choice(row, two, names):
         raise Bad(f"`{key}` is -1, a tie in some data and the second response in others")
     if said not in which and said.isdecimal() and names[0][-1].isdecimal():
         raise Misread(f"`{key}` is {said} beside `{names[0]}` and `{names[1]}`: a tie, or counted "
-                      "from another number than they are? Name it as they are, and ties \"tie\"")
+                      "from another number than the columns? Write theirs, and \"tie\"")
     if said not in which or len(two) != 2:
         raise Bad(f"`{key}` does not say which of two responses is better "
                   f"({names[0]}, {names[1]}, {names[0][-1]}, {names[1][-1]} or tie)")

@@ -305,8 +305,8 @@ def parse_line(line):
         return json.loads(line, object_pairs_hook=unique)
     except UnicodeEncodeError:
         return Bad("not in UTF-8")
-    except Misread as problem:
-        return problem
+    except Misread as problem:  # but of this row alone
+        return Bad(str(problem))
     except (ValueError, RecursionError) as error:
         bad = Bad(f"not JSON ({getattr(error, 'msg', type(error).__name__)})")
         bad.line = getattr(error, "lineno", 1)  # of those given

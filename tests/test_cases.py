@@ -663,7 +663,6 @@ def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, ca
 
 @pytest.mark.parametrize("name, content", [
     ("x.csv", b"prompt,rejected,chosen,rejected\nQ,A,B,C\n"),
-    ("x.jsonl", LINES.encode() + b'{"prompt": "Q", "chosen": "A", "chosen": "B", "rejected": "C"}'),
     ("x.jsonl", "".join(json.dumps({"prompt": f"{Q} {i}", **TWO, "choice": i}) + "\n"
                         for i in (1, 1, 2)).encode())])
 def test_what_makes_other_rows_doubtful_cannot_be_skipped(name, content, tmp_path, capsys):

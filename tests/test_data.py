@@ -217,6 +217,7 @@ def test_drop_reasons():
 
 
 BAD = [
+    '{"prompt": "Q", "chosen": "A", "chosen": "B", "rejected": "C"}',
     "{not json", "[1, 2]", "null", "7", "[" * 100_000, '"text"', {"chosen": "x"},
     {"rejected": HI + " a"}, {"chosen": 1,
                               "rejected": HI + " b"}, {"chosen": [1, 2], "rejected": [1, 3]},
