@@ -70,6 +70,8 @@ def load_base(args, rows):
         tokenizer = train_tokenizer((row["prompt"] + row["response"] for row in rows),
                                     args.vocab_size)
         return tiny_llama(args, tokenizer), tokenizer
+    if args.preset != "toy" and (args.vocab_size or args.hidden_size or args.layers):
+        common.die("--vocab_size, --hidden_size and --layers are for --model tiny of 00_data.py")
     try:
         model, tokenizer = common.load_policy(name, args), common.load_tokenizer(name)
     except (OSError, ValueError) as error:

@@ -94,6 +94,8 @@ def main(argv=None):
         "--members", type=int, nargs="+", help="train only these (default: all M)"), argv)
     if args.folds == 1 or args.folds and args.M % args.folds:
         common.die("--folds must be 2 or more, and --M a multiple of it")
+    if out := [m for m in args.members or () if not 0 <= m < args.M]:
+        common.die(f"--members are numbers from 0 to {args.M - 1} (--M is {args.M}), not {out[0]}")
     data = common.require(args, "00_data", "python 00_data.py")
     sft = common.require(args, "01_sft", "python 01_sft.py")
     common.side_by_side(args, args.members or range(args.M),

@@ -186,6 +186,8 @@ def main(argv=None):
     low, high = args.percentile or (0, 100)
     if not 0 <= low < high <= 100 or not percentile_slice(train, low, high):
         common.die("--percentile leaves no pair: LO and HI are in per cent, 0 to 100, LO below HI")
+    if args.soften_all and not args.smoothing and "soft_margin" not in args.methods:
+        common.die("--soften_all softens nothing without --smoothing")
     for name in ("flip_below", "smoothing"):
         if not 0 <= (getattr(args, name) or 0) <= 1:
             common.die(f"--{name} must lie between 0 and 1")

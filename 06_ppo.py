@@ -114,8 +114,8 @@ def update_running(running, values):
 def paths(args):
     """(stage name, policy to start from, reward model); errors name the missing stage."""
     r, name, start, rm = args.round, args.name or args.rm, "01_sft", "04_rm_denoise/baseline"
-    if args.rm and r or (args.start or args.name) and not args.rm:
-        common.die("give --rm or --round; --start and --name go with --rm")
+    if r < 0 or args.rm and r or (args.start or args.name) and not args.rm:
+        common.die("give --rm, or --round from 0 on; --start and --name go with --rm")
     if not args.rm:
         name = f"round_{r}"
         start, rm = (f"06_ppo/round_{r - 1}", f"07_metarm/round_{r}") if r else (start, rm)

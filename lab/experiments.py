@@ -116,7 +116,8 @@ def why(out, directories, command=""):
         if manifest is None:
             return f"{name}/manifest.json is not what the stage wrote"
         if other := other_inputs(out, manifest):
-            return f"was made from another {other[0]} than is here now"
+            return f"was made from another {other[0]} than is here now" \
+                if (out / other[0]).exists() else f"was made from {other[0]}, which is gone"
         for kind in ("preferences", "sft", "prompts", "ood_prompts") * (name == "00_data"):
             for files in map(sources.files, manifest["run"][kind] or []):
                 new = [path for path in files if path not in manifest["inputs"]]

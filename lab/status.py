@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lab import checkpoint, experiments
 from lab.base import die, launch, read_json
+from lab.manifest import read_manifest
 
 
 def in_use(out):
@@ -53,7 +54,8 @@ def stages(run):
     info = read_json(run / "run.json")
     usual = experiments.usual_rounds(info["preset"], info["limit"])
     M = len({p.name.removesuffix(".partial") for p in run.glob("02_rm_ensemble/rm_*")})
-    return experiments.pipeline(max([*made, usual]), max(M, 1))
+    voted = read_manifest(run, "03_strength") or {"hyperparameters": {"M": M}}
+    return experiments.pipeline(max([*made, usual]), max(M, voted["hyperparameters"]["M"], 1))
 
 
 def main():
@@ -67,8 +69,13 @@ def main():
         die(f"{out} holds no run: bash run_all.sh --out {out} makes one")
     for run in runs:
         print(f"== {run}" * (len(runs) > 1), end="\n" * (len(runs) > 1))
+        stale = None
         for directories, purpose, *_ in stages(run):
-            print("{:26} {:8} {}".format(*line(run, directories, purpose, in_use(run))))
+            name, state, said = line(run, directories, purpose, in_use(run))
+            if stale and state == "done":  # run_all.sh runs all after the first again
+                state, said = "stale", f"it comes after {stale}"
+            stale = stale or (name if state == "stale" else None)
+            print(f"{name:26} {state:8} {said}")
 
 
 if __name__ == "__main__":

@@ -777,6 +777,12 @@ def test_status_says_what_is_done_stopped_stale_and_missing(run_copy):
     assert first["04_rm_denoise"] == ["missing", "1 of 5 are there"]
     assert first["06_ppo/round_0"][0] == "done" and first["06_ppo/round_3"][0] == "missing"
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    shutil.move(run_copy / "02_rm_ensemble/rm_01", run_copy / "aside")
+    gone = status()
+    assert gone["02_rm_ensemble"] == ["missing", "1 of 2 are there"]
+    assert gone["03_strength"][0] == "stale" and gone["03_strength"][1].endswith("which is gone")
+    shutil.move(run_copy / "aside", run_copy / "02_rm_ensemble/rm_01")
+    assert status() == first
     folder = run_copy / "07_metarm/round_1.partial/checkpoint_30"
     folder.mkdir(parents=True)
     (folder / "checkpoint.json").write_text(json.dumps(

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -21,17 +22,20 @@ FLAGS = [
     ("02_rm_ensemble", ["--epochs", -1], "--epochs"), ("02_rm_ensemble", ["--M", 0], "--M"),
     ("02_rm_ensemble", ["--batch_size", 0], "--batch_size"),
     ("02_rm_ensemble", ["--M", 3, "--folds", 2], "--folds"),
+    ("02_rm_ensemble", ["--M", 2, "--members", 0, 2], "from 0 to 1"),
+    ("02_rm_ensemble", ["--members", -1], "--members"),
     ("03_strength", ["--groups", 0], "--groups"),
     ("04_rm_denoise", ["--percentile", 50, 50], "--percentile"),
     ("04_rm_denoise", ["--percentile", 90, 10], "--percentile"),
     ("04_rm_denoise", ["--smoothing", 2], "--smoothing"),
     ("04_rm_denoise", ["--flip_below", -1], "--flip_below"),
+    ("04_rm_denoise", ["--methods", "margin", "--soften_all"], "--soften_all"),
     ("05_rm_contrastive", ["--simcse_beta", -1], "--simcse_beta"),
     ("05_rm_contrastive", ["--dropout", 2], "--dropout"),
     ("05_rm_contrastive", ["--epsilon", "inf"], "--epsilon"),
     ("06_ppo", ["--top_p", 2], "--top_p"), ("06_ppo", ["--top_p", 0], "--top_p"),
     ("06_ppo", ["--kl_beta", -1], "--kl_beta"), ("06_ppo", ["--temperature", 0], "--temperature"),
-    ("06_ppo", ["--lam", 2], "--lam"),
+    ("06_ppo", ["--lam", 2], "--lam"), ("06_ppo", ["--round", -1], "--round"),
     ("06_ppo", ["--rollouts", 0], "--rollouts"), ("07_metarm", ["--k", 1], "--k"),
     ("07_metarm", ["--eta", -0.1], "--eta"), ("07_metarm", ["--first_samples", "x"], "--first_sam"),
     ("08_evaluate", ["--repetition_penalty", 0], "--repetition_penalty")]
@@ -152,6 +156,14 @@ def test_a_port_in_use_is_left_to_its_user(tmp_path):
         taken.listen()
         done = run("bash", "run_all.sh", "--out", out, "--limit", 1, "--to", "01", "--gpus", 1)
     assert f"--master_port {port + 1}" in done.stdout
+
+
+def test_a_size_that_a_given_model_cannot_take(capsys):
+    args = SimpleNamespace(run={"model": "mine"}, preset="small", vocab_size=0, hidden_size=64,
+                           layers=0)
+    with pytest.raises(SystemExit):
+        importlib.import_module("01_sft").load_base(args, [])
+    assert "--hidden_size" in capsys.readouterr().err
 
 
 PATCHED = """
