@@ -32,12 +32,12 @@ given=${*:+$(printf ' %q' "$@")}
 mode=run out=out stage='' gpus='' hostfile='' dry_run='' restart='' flags=() activate=''
 case ${1:-} in test|status|verify|replay|experiments|clean) mode=$1; shift ;; esac
 while [ $# -gt 0 ] && [ $mode != test ]; do
-  [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
+  [[ ! $1 =~ ^--(out|stage|gpus|hostfile)= ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
     -h|--help) sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
     --dry_run|--restart) declare "${1#--}=$1" ;;
     --out|--stage|--gpus|--hostfile)
-      [[ $# -gt 1 && $2 != --* ]] || fail "$1 needs a value"
+      [[ $# -gt 1 && $2 && $2 != --* ]] || fail "$1 needs a value"
       declare "${1#--}=$2"; shift ;;
     *) flags+=("$1") ;;
   esac; shift

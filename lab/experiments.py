@@ -84,7 +84,7 @@ def bring_scores(asked):
     """Whether every row of the preferences brings the scores of voters along."""
     def scored(row):
         with contextlib.suppress(sources.Bad):
-            return isinstance(row, dict) and \
+            return isinstance(row, sources.Drop) or isinstance(row, dict) and \
                 formats.SCORES[0] in formats.carried(formats.present(row))
     return all(scored(row) for source in asked.preferences for part in sources.parts(source)
                for _, row in sources.raw_rows(part, "pairs", asked))

@@ -22,10 +22,10 @@ format is found row by row:
 
 Dropped and counted, first reason that holds: no assistant turn (none, or not the last one), column
 `prompt` is missing, no preference (a tie), prompts differ, empty prompt, empty response, identical
-responses, duplicate pair; among prompts: duplicate prompt; among SFT rows and prompts: held-out
-prompt. A row that cannot be read stops the run with `file:line: what is wrong`; --skip_bad_rows
-counts it as unreadable instead. Columns that are not used are named once. Row contents are never
-printed: some are offensive.
+responses, duplicate pair, the header once more; among prompts: duplicate prompt; among SFT rows and
+prompts: held-out prompt. A row that cannot be read stops the run with `file:line: what is wrong`;
+--skip_bad_rows counts it as unreadable instead. Columns that are not used are named once. Row
+contents are never printed: some are offensive.
 """
 import ast
 import contextlib
@@ -66,6 +66,8 @@ CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "prefe
            "chosen", "label", "labels")
 ARENA = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
 TIE = re.compile(r"tie|both|neither|draw|equal|same|a=b")
+NAME = re.compile(
+    r"((model|response|answer|output|completion|assistant|option|summary)_?)?(\d|[a-d])")
 ANSWERS = ("response", "output", "completion", "answer", "chosen")
 # what a prompt may not lose, in a row or a message
 CARRIERS = ("tools", "functions", "context", "contexts", "passage", "documents", "image", "images",
@@ -321,12 +323,12 @@ def take_sides(row):
         return arena(*map(row.pop, ARENA))
     for names in CHOSEN_OF_TWO:
         if set(names) <= row.keys() and ("chosen" not in row or is_named(
-                row["chosen"], [row[name] for name in names], spellings(row, names))):
+                row, [row[name] for name in names], spellings(row, names))):
             return by_choice(row, [row.pop(name) for name in names], names)
     listed = row.get("responses")
     listed = literal(listed) if isinstance(listed, str) else listed
     if is_texts(listed):
-        is_named(row.get("chosen"), listed, {})
+        is_named(row, listed, {})
     for names in PAIRS:
         if set(names) <= row.keys() and not isinstance(row[names[0]], (int, float)):
             chosen, rejected = (row.pop(name) for name in names)
@@ -377,14 +379,18 @@ def spellings(row, names):
     return which
 
 
-def is_named(chosen, texts, which):
-    """Whether `chosen` says which of two responses it is; Bad where it is a few words that are
-    neither that nor theirs."""
-    few = isinstance(chosen, str) and 0 < len(chosen.split()) < 4 and not any(
-        isinstance(text, str) and text.strip() in chosen for text in texts)
-    if spelled(chosen) in which or few and TIE.match(spelled(chosen)):
+def is_named(row, texts, which):
+    """Whether `chosen` says which of the responses it is; Bad where it looks like a name and is none
+    of theirs."""
+    chosen, rejected = (str(row.get(name)).strip() for name in ("chosen", "rejected"))
+    if {chosen, rejected} <= {text.strip() for text in texts if isinstance(text, str)}:
+        return False
+    said = spelled(chosen)
+    if said in which or "rejected" not in row and (TIE.match(said) or said.isdecimal()):
         return True
-    if few:
+    look = NAME.fullmatch(said)
+    if look and isinstance(row["chosen"], str) and not (
+            look[3].isdecimal() and int(look[3]) > len(texts)):
         raise Bad("`chosen` is neither the text nor the name of one of the responses beside it")
     return False
 
@@ -402,7 +408,7 @@ def by_choice(row, two, names):
         raise Drop("no preference")
     if said == "-1":
         raise Bad(f"`{key}` is -1, a tie in some data and the second response in others")
-    if said not in which and said.isdecimal() and names[0][-1].isdecimal():
+    if said not in which and said.isdecimal() and names[0][-1].isdecimal() and len(two) == 2:
         raise Misread(f"`{key}` is {said} beside `{names[0]}` and `{names[1]}`: a tie, or counted "
                       "from another number than the columns? Write theirs, and \"tie\"")
     if said not in which or len(two) != 2:
@@ -644,6 +650,8 @@ def read_row(row, kind, style, task, ignored=None):
         row = {"prompt": row}
     if not isinstance(row, dict):
         raise Bad(f"a JSON {type(row).__name__}, not an object")
+    if isinstance(row, sources.Twice):
+        raise Bad(f"two columns are called `{row.name}`")
     row = in_one_form(present(row), style)
     given = task_name(string(row, "task")) if "task" in row else ""
     own = [row.pop(k, None) for k in ("task", "id")]
@@ -657,7 +665,7 @@ def read_row(row, kind, style, task, ignored=None):
     try:
         json.dumps([clean, str(own)], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # open_text has such ones for bytes that are no text
-        raw = "\udc80" <= error.object[error.start] <= "\udcff"
+        raw = isinstance(row, Cells) and "\udc80" <= error.object[error.start] <= "\udcff"
         raise Bad("a text is not in UTF-8: save the file as such" if raw else
                   "a text holds a lone surrogate, which UTF-8 cannot write") from None
     if ignored is not None:
@@ -689,6 +697,10 @@ def in_one_form(row, style):
 
     def one(text):
         new = reworded(text)
+        for t in asked if new == text else ():  # the prompt, said once more
+            t = t.strip() if isinstance(t, str) else ""
+            if t != reworded(t) and text.strip().startswith(t):
+                return reworded(t) + text.strip()[len(t):]
         return new if marked or ASSISTANT in new and all(
             held(t, new) for t in words(asked)) else text
     return type(row)({k: one(v) if isinstance(v, str) else v for k, v in row.items()})
@@ -761,7 +773,7 @@ def read_dialogues(row, style):
 def divide(row, style):
     """Take prompt and responses out of a preference row → (messages or a templated prompt, [chosen,
     rejected] as messages, the two as they came)."""
-    came, spoken = take_sides(row), next((k for k in PROMPTS[4:] if k in row), None)
+    came, spoken = take_sides(row), next((k for k in PROMPTS if k in row), None)
     values = without_prompt(row, came, style)
     history, sides, drop = take_history(row, style, all(map(is_dialogue, came))), [], None
     values = parsed_sides(row, values, history)
@@ -782,7 +794,7 @@ def divide(row, style):
     if history is None:
         before = with_columns(row, before, style)
     before, answers = bare(before, [chosen, rejected], style)
-    if spoken and isinstance(before, list) and before[-1]["role"] == "assistant":
+    if spoken in PROMPTS[4:] and isinstance(before, list) and before[-1]["role"] == "assistant":
         raise Bad(f"`{spoken}` ends in a turn of the assistant's that neither response repeats or "
                   "goes on with: leave it out, or call what it begins `prompt`")
     return before, answers, came

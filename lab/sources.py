@@ -22,6 +22,9 @@ SUFFIXES, PACKED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"), (
 ROWS = {"chosen", "prompt", "instruction", "question", "messages", "conversations", "info"}
 QUOTED = re.compile(r'"([^"]|"")*"')  # a cell of CSV
 METADATA = re.compile(r"\bdataset_infos?\.json\Z")  # of a hub repository, of LLaMA-Factory's data
+MEANT = re.compile("prompt|chosen|rejected|preferred|response|answer|output|completion|conversation"
+                   "|message|instruction|input|question|query|system|history|choice|winner|label"
+                   "|preference|score|human_ref|task")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 # their names tell the task
 FOLDERS = {"Anthropic/hh-rlhf": [f"Anthropic/hh-rlhf:{folder}" for folder in (
@@ -38,6 +41,10 @@ class Bad(Exception):
 
 class Misread(Bad):
     """One that shows that rows before it may have been misread: none can be skipped."""
+
+
+class Twice(dict):
+    """A JSON object in which the key `name` stands twice."""
 
 
 class Cells(dict):
@@ -156,7 +163,8 @@ def file_rows(path):
 
 
 def check_names(names):
-    if twice := next((n for n in names if n and names.count(n) > 1), None):
+    """Misread where two columns that may be read have one name."""
+    if twice := next((n for n in names if names.count(n) > 1 and MEANT.search(n.lower())), None):
         raise Misread(f"two columns are called `{twice}`")
 
 
@@ -190,7 +198,7 @@ def csv_rows(text):
     csv.field_size_limit(sys.maxsize)
     header = text.readline()
     delimiter = max(",;\t", key=header.count)
-    spaced = delimiter + " " in header  # what a quote after a space may be
+    spaced = header.count(delimiter + " ") == header.count(delimiter) > 0  # before a quote, too
     names = [name.strip() for name in next(csv.reader(
         [header], delimiter=delimiter, skipinitialspace=True), [])]
     check_names(names)
@@ -293,9 +301,11 @@ def rows_in(thing):
 
 
 def unique(pairs):
-    """The object of these keys and values; none may stand twice."""
+    """The object of these keys and values: Twice if one stands twice."""
     if len(found := dict(pairs)) < len(pairs):
-        check_names([name for name, _ in pairs])
+        names = [name for name, _ in pairs]
+        found = Twice(found)
+        found.name = next(n for n in names if names.count(n) > 1)
     return found
 
 
@@ -305,8 +315,6 @@ def parse_line(line):
         return json.loads(line, object_pairs_hook=unique)
     except UnicodeEncodeError:
         return Bad("not in UTF-8")
-    except Misread as problem:  # but of this row alone
-        return Bad(str(problem))
     except (ValueError, RecursionError) as error:
         bad = Bad(f"not JSON ({getattr(error, 'msg', type(error).__name__)})")
         bad.line = getattr(error, "lineno", 1)  # of those given

@@ -72,7 +72,7 @@ def main():
         stale = None
         for directories, purpose, *_ in stages(run):
             name, state, said = line(run, directories, purpose, in_use(run))
-            if stale and state == "done":  # run_all.sh runs all after the first again
+            if stale and state == "done":  # run_all.sh would run it again, too
                 state, said = "stale", f"it comes after {stale}"
             stale = stale or (name if state == "stale" else None)
             print(f"{name:26} {state:8} {said}")

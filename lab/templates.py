@@ -38,12 +38,13 @@ SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(I
                      r"|^### (Human|Instruction|Assistant|Response|Input)|^USER:"
                      r"|(Human|Assistant)：|\n\nHuman:|\n(A|AI|Bot|assistant|ASSISTANT|<bot>):\s*\Z",
                      re.MULTILINE)
-# marks that are words: (how a text with them begins, a mark), of Vicuna, of Alpaca and Guanaco
+# marks that are words: (how a text with them begins, a mark), of Vicuna, of Alpaca and Guanaco, and
+# HH's own in one line (DeepSpeed-Chat)
 WORDED = [(re.compile(begin, re.DOTALL), re.compile(mark)) for begin, mark in (
     (r"\s*(A chat between .*?)?USER:", r"(?:\A\s*|(?<!\s)\s+|</s>\s*)(USER|ASSISTANT):"),
     (r"\s*(Below is an instruction.*?)?### (Instruction|Human):",
      r"(?<!\s)\s*### (Instruction|Human|Response|Assistant):"),
-    (r"\s*Human:(?!.*\n *(Human|Assistant):).*\sAssistant:\s*\Z",  # DeepSpeed-Chat's, in one line
+    (r"\s*Human:(?!.*\n *(Human|Assistant):).*\sAssistant:\s*\Z",
      r"(?:\A\s*|(?<!\s)\s+)(Human|Assistant):"))]
 UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
@@ -134,7 +135,7 @@ def render_hh(history, begun=None):
 
 
 def reworded(text):
-    """HH's marks for Vicuna's and Alpaca's, in a text that begins with them or with the sentence
+    """HH's marks for those of WORDED, in a text that begins with them or with the sentence
     that goes before and whose turns alternate; any other as it is."""
     for begin, mark in WORDED:
         if begin.match(text):

@@ -393,6 +393,21 @@ ROWS = [
     ("a response that begins like a tie, text", {
         "prompt": Q, "response_a": "Both of them do.", "response_b": B,
         "chosen": "Both of them do.", "rejected": B}, HH),
+    ("a number that is a response, text", {"prompt": Q, "answer1": "2", "answer2": "1",
+                                           "chosen": "1", "rejected": "2"}, HH),
+    ("texts that begin like a tie, messages, text", {
+        "prompt": Q, "response_a": [says("Both.")], "response_b": [says(B)], "chosen": "Both.",
+        "rejected": B}, HH),
+    ("short texts beside names of models", {"prompt": Q, "responses": ["gpt", "llama"], **AB}, HH),
+    ("the last number of a reasoning, text", {
+        "prompt": Q, "responses": ["So it is 5", "So it is 7"], "chosen": "5", "rejected": "7"},
+     HH),
+    ("chosen counted from one", {"prompt": Q, **TWO, "chosen": 2}, "counted from"),
+    ("three summaries", {"info": {"post": Q}, "summaries": [{"text": A}] * 3, "choice": 2},
+     "does not say which"),
+    ("a begun turn beside the whole dialogue", {
+        "prompt": [user(), says("Sure:")], "messages": [user(), says("Sure:"), says(A)], **AB},
+     f"{HH} Sure:"),
     ("PandaLM", {"instruction": Q, "input": "", "response1": B, "response2": A, "label": 2}, HH),
     ("JudgeBench", {"question": Q, "response_A": A, "response_B": B, "label": "A>B"}, HH),
     ("counted from one, the columns from zero", {"prompt": Q, **TWO, "choice": 2}, "counted from"),
@@ -407,6 +422,9 @@ ROWS = [
     ("distilabel's tie", {"input": Q, **AB, "status": "tie", "rating": [9, 9]}, "no preference"),
     ("HH in one line", {"prompt": f"Human: Hi Assistant: Hello. Human: {Q} Assistant:", **AB},
      TALK),
+    ("HH in one line, the prompt in both responses", {
+        "prompt": f"Human: {Q} Assistant:", "chosen": f"Human: {Q} Assistant: {A}",
+        "rejected": f"Human: {Q} Assistant: {B}"}, HH),
     ("HH in one line, its marks quoted", {"prompt": "Human: Human: Hi\n\nAssistant:", **AB},
      "\n\nHuman: Human: Hi\n\nAssistant:"),
     ("earlier turns in a column of their own", {"prompt": Q, "chat_history": [user()], **AB},
@@ -562,6 +580,10 @@ FILES = [
         f", {B}", f', "{B}"').encode()}, "x.csv"),
     ("two CSV files one after another", {
         "x.csv": CSV.encode() + b"\xef\xbb\xbfprompt,chosen,rejected\n"}, "x.csv"),
+    ("a key twice in what nobody uses", {"x.jsonl": LINES.replace(
+        "}", ', "meta": {"k": 1, "k": 2}}').encode()}, "x.jsonl"),
+    ("columns of one name that nobody uses", {"x.csv": CSV.replace(
+        "rejected\n", "rejected,note,note\n").replace(f"{B}\n", f"{B},1,2\n").encode()}, "x.csv"),
     ("Parquet, bytes that nobody uses", {"x.parquet": parquet([
         {**p, "embedding": b"\xff"} for p in PAIRS])}, "x.parquet"),
     ("Parquet, bytes in messages", {"x.parquet": parquet([
