@@ -380,8 +380,8 @@ def spellings(row, names):
 
 
 def is_named(row, texts, which):
-    """Whether `chosen` says which of the responses it is; Bad where it looks like a name and is none
-    of theirs."""
+    """Whether `chosen` says which of the responses it is; Bad where it looks like a name and is no
+    name of theirs."""
     chosen, rejected = (str(row.get(name)).strip() for name in ("chosen", "rejected"))
     if {chosen, rejected} <= {text.strip() for text in texts if isinstance(text, str)}:
         return False
