@@ -328,7 +328,7 @@ def take_sides(row):
     listed = row.get("responses")
     listed = literal(listed) if isinstance(listed, str) else listed
     if is_texts(listed):
-        is_named(row, listed, {})
+        is_named(row, listed, {})  # Bad where `chosen` is a place in the list
     for names in PAIRS:
         if set(names) <= row.keys() and not isinstance(row[names[0]], (int, float)):
             chosen, rejected = (row.pop(name) for name in names)
