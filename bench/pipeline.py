@@ -7,6 +7,8 @@ Each stage runs as it is, in a process of its own, with a clock around the funct
 kind of work (KINDS below); time inside sampling and evaluation counts as that, whatever they call.
 start: until Python runs the stage's first line; import; exit: after the stage has returned; other:
 what no clock is around. overhead: all but forward, backward, step, sampling and evaluation.
+Where models are trained side by side, seconds are the mean over those processes, one that is done
+before the others waits under other.
 """
 import argparse
 import json
@@ -40,7 +42,7 @@ class Clock:
     """Charges the time that passes to the kind of work on top of the stack."""
 
     def __init__(self):
-        self.spent, self.stack, self.last = {}, ["import"], time.time()
+        self.spent, self.stack, self.last, self.forked = {}, ["import"], time.time(), None
 
     def charge(self):
         now = time.time()
@@ -58,6 +60,36 @@ class Clock:
                 self.charge()
                 self.stack.pop()
         return timed
+
+    def follow_forks(self, out):
+        """Each forked process leaves its times beside the file `out`; `whole` takes them in."""
+        def parent():
+            self.charge()
+            self.forked = self.forked or dict(self.spent)
+
+        def child():
+            self.spent, self.stack, self.last = {}, ["other"], time.time()
+
+        def leave(code, leave=os._exit):
+            self.charge()
+            Path(f"{out}.{os.getpid()}").write_text(json.dumps(self.spent))
+            leave(code)
+
+        os.register_at_fork(after_in_parent=parent, after_in_child=child)
+        os._exit = leave
+
+    def whole(self, out):
+        """→ seconds by kind; since the first fork, the mean over all processes."""
+        before, files = self.forked or self.spent, Path(out).parent.glob(f"{Path(out).name}.*")
+        lanes = [{k: v - before.get(k, 0) for k, v in self.spent.items()}]
+        seconds = sum(lanes[0].values())
+        for file in list(files):
+            lane = json.loads(file.read_text())
+            lane["other"] = lane.get("other", 0) + seconds - sum(lane.values())
+            lanes.append(lane)
+            file.unlink()
+        return {k: before.get(k, 0) + sum(lane.get(k, 0) for lane in lanes) / len(lanes)
+                for k in {*before, *(k for lane in lanes for k in lane)}}
 
 
 def run_stage(script, argv, out):
@@ -91,11 +123,12 @@ def run_stage(script, argv, out):
                         setattr(module, key, new)
     clock.charge()
     clock.stack = ["other"]
+    clock.follow_forks(out)
     try:
         common.launch(stage.main)
     finally:
         clock.charge()
-        Path(out).write_text(json.dumps({**clock.spent, "end": time.time()}))
+        Path(out).write_text(json.dumps({**clock.whole(out), "end": time.time()}))
 
 
 def main():
