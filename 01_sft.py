@@ -78,6 +78,9 @@ def load_base(args, rows):
         common.die(f"cannot load --model {name}: {str(error).splitlines()[0]}")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    ends = tokenizer("a")["input_ids"]
+    if ends[-1] == tokenizer.eos_token_id:  # stock tools would end prompts in it, too
+        tokenizer.add_bos_token, tokenizer.add_eos_token = ends[0] == tokenizer.bos_token_id, False
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")

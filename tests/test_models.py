@@ -29,7 +29,7 @@ DATED = ("{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|{{ m.role }}|>\
          "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}")
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-# family: (configuration, chat template, EOS)
+# family: (configuration, chat template, EOS, what the tokenizer adds to a text)
 FAMILIES = {
     "llama": (transformers.LlamaConfig(**SIZE), HEADERS, "<|eot|>"),
     "qwen2": (transformers.Qwen2Config(**SIZE), CHATML, "<|im_end|>"),
@@ -38,7 +38,7 @@ FAMILIES = {
     "gpt2": (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4), None, "</s>"),
     "gpt_neox": (transformers.GPTNeoXConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4), None,
-        "</s>"),
+        "</s>", "<s> $A </s>"),  # it would end prompts in EOS too
     "phi3": (transformers.Phi3Config(**SIZE, pad_token_id=None), DATED, "<|end|>"),
     "mixtral": (transformers.MixtralConfig(**SIZE, num_local_experts=2), INST, "</s>")}
 MARKS = ["<s>", "</s>", "<|h|>", "<|/h|>", "<|eot|>", "<|im_start|>", "<|im_end|>", "<|user|>",
@@ -46,16 +46,19 @@ MARKS = ["<s>", "</s>", "<|h|>", "<|/h|>", "<|eot|>", "<|im_start|>", "<|im_end|
          "<|endoftext|>"]
 
 
-def make(path, config, template, eos):
+def make(path, config, template, eos, written=None):
     """A random base with the odd generation settings that real ones have, its tokenizer's padding
-    on the left and, but for the tokenizer, another EOS."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    on the left and, but for the tokenizer, another EOS. written: what the tokenizer adds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(["How do I bake bread? Gladly."], trainers.BpeTrainer(
         vocab_size=300, special_tokens=MARKS, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if written:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            written, special_tokens=[("<s>", 0), ("</s>", 1)])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=eos,
         padding_side="left")
