@@ -12,9 +12,9 @@ from functools import partial
 
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
     TRAINING, barrier, begin, device, die, finished, free, from_rank_0, gather_rows, inference,
-    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl, require,
-    replace_attention, save_checkpoint, save_stock, set_seed, setup, side_by_side, subset,
-    user_files, world_size, write_jsonl, write_text)
+    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl,
+    recompute_activations, replace_attention, require, save_checkpoint, save_stock, set_seed,
+    setup, side_by_side, subset, user_files, world_size, write_jsonl, write_text)
 
 import numpy
 import torch
@@ -281,8 +281,7 @@ def make_engine(module, args, batch_size, lr, steps):
     """DeepSpeed engine with AdamW: linear warm-up over a share of the steps, linear decay to 0."""
     micro = micro_size(batch_size, args.micro_batch_size)
     if args.gradient_checkpointing:
-        inner = module.model if isinstance(module, RewardModel) else module
-        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(module.model if isinstance(module, RewardModel) else module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = transformers.get_scheduler("linear", optimizer, int(args.warmup * steps), steps)
     return initialize(

@@ -154,6 +154,14 @@ def replace_attention():
     import lab.attention  # noqa: F401
 
 
+def recompute_activations(model):
+    """In the backward pass, where models of its family can: they need not be kept until then."""
+    if model.supports_gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        log(f"{model.config.model_type} models cannot recompute activations: all are kept")
+
+
 def save_stock(module, state, tokenizer, path):
     """Stock files of a model and its tokenizer. Other tools still have transformers 4, which knows
     the tokenizer's class by another name, would hand token types on, which few models take, and

@@ -32,8 +32,8 @@ from lab import base, card, checkpoint, forks
 from lab.base import (  # noqa: F401  (some for common to hand on)
     EVENTS, HERE, STOPPED, barrier, check_shared, check_value, code_hashes, device, die, free,
     from_rank_0, gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed,
-    setup, subset, sync, initialize, replace_attention, save_stock, user_files, world_size,
-    write_jsonl, write_text)
+    setup, subset, sync, initialize, recompute_activations, replace_attention, save_stock,
+    user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 

@@ -152,6 +152,16 @@ def test_family(family, runs):
         assert config["eos_token_id"] == eos and config["pad_token_id"] == pad
 
 
+def test_a_family_that_cannot_recompute_activations_keeps_them(capsys):
+    from lab.base import recompute_activations
+    for config, can in ((transformers.LlamaConfig(**SIZE), True),
+                        (transformers.OpenAIGPTConfig(n_embd=32, n_layer=1, n_head=4), False)):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        recompute_activations(model)
+        assert model.is_gradient_checkpointing == can
+        assert ("cannot recompute" in capsys.readouterr().out) != can
+
+
 SMOLLM2 = Path(os.environ.get("SMOLLM2", "/nowhere"))
 HH = ROOT.parent / "shared/data/hh_harmless_sample.jsonl.gz"
 
