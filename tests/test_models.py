@@ -152,6 +152,18 @@ def test_family(family, runs):
         assert config["eos_token_id"] == eos and config["pad_token_id"] == pad
 
 
+def test_the_families_in_the_docs_are_those_that_were_tried():
+    rows = json.loads((ROOT / "bench/families.json").read_text())["rows"]
+    text = " ".join((ROOT / "docs/models.md").read_text().split())
+    for first, begins in (("work", "00 to 07"), ("refused by 00", "00_data"), (
+            "stop in stage 05", "05_rm"), ("were not made", "not made")):
+        said = re.search(rf"- {first}[^(]* \((\d+)\): (.*?)\.(?: - |\s*All)", text)
+        names = [row["family"] for row in rows if row["result"].startswith(begins)]
+        assert said[2].split(", ") == names and int(said[1]) == len(names), first
+    assert {row["family"] for row in rows} >= set(FAMILIES)
+    assert max(row["difference"] or 0 for row in rows) < 6e-5
+
+
 def test_a_family_that_cannot_recompute_activations_keeps_them(capsys):
     from lab.base import recompute_activations
     for config, can in ((transformers.LlamaConfig(**SIZE), True),
