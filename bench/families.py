@@ -3,9 +3,10 @@
     python bench/families.py                    every family that transformers has a classifier for
     python bench/families.py llama qwen3        some
 
-Each is made with a byte-level tokenizer and a ChatML template and goes through 00 to 03 and 05 to
-07, a step each, in fp32. difference: the largest between stage 03's scores (four decimals) and what
-a stock AutoModelForSequenceClassification gives the dialogues, one by one and in padded batches.
+Each is made with a byte-level tokenizer and a ChatML template and goes through 00 to 07 (of 04 the
+baseline, of 05 SimCSE on differences, of 06 round 0), a step each, in fp32. difference: the largest
+between stage 03's scores (four decimals) and what a stock AutoModelForSequenceClassification gives
+the dialogues, one by one and in padded batches.
 """
 import argparse
 import contextlib

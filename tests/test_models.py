@@ -170,7 +170,7 @@ def test_a_family_that_cannot_recompute_activations_keeps_them(capsys):
                         (transformers.OpenAIGPTConfig(n_embd=32, n_layer=1, n_head=4), False)):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         recompute_activations(model)
-        assert model.is_gradient_checkpointing == can
+        assert model.is_activation_checkpointing == can
         assert ("cannot recompute" in capsys.readouterr().out) != can
 
 
