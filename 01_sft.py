@@ -6,7 +6,7 @@ negative log-likelihood of the response and EOS tokens; prompt tokens carry none
 With `--model tiny` in stage 00 (the toy preset) a byte-level BPE tokenizer is trained on the run's
 own texts and a Llama of about half a million parameters starts from random weights. A model without
 a pad token, or whose pad is its EOS, gets a new one: with pad = EOS stock classifiers read the
-reward one token early.
+reward one token early. A tokenizer that ends every text in EOS is saved without that.
 
 Departures from the paper: (1) every 50th row is held out to report a validation perplexity.
 
