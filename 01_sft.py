@@ -75,7 +75,7 @@ def load_base(args, rows):
     try:
         model, tokenizer = common.load_policy(name, args), common.load_tokenizer(name)
     except (OSError, ValueError) as error:
-        common.die(f"cannot load --model {name}: {str(error).splitlines()[0]}")
+        common.die(f"cannot load --model {name}: {common.first_line(error)}")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     ends = tokenizer("a")["input_ids"]

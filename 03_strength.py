@@ -13,9 +13,10 @@ model (lab/judges.py: model:PATH_OR_ID, http://HOST/v1) labels the validation pa
 in the paper: `judge_label` 1 agrees, 0 disagrees, -1 is a tie or no verdict.
 
 Departures from the paper: (1) pairs that are equal after truncation have no preference and are
-dropped, counted; (2) Figure 3's groups are of 500 validation pairs as the paper's, smaller when the
-set is small (--group_size); (3) where the models of stage 02 left folds out (--folds, ours), M of
-Eq. 4 is, for a training pair, the number of those that did not train on it.
+dropped, counted (by 04, where the data bring scores); (2) Figure 3's groups are of 500 validation
+pairs as the paper's, smaller when the set is small (--group_size); (3) where the models of stage 02
+left folds out (--folds, ours), M of Eq. 4 is, for a training pair, the number of those that did not
+train on it.
 
     deepspeed 03_strength.py               # or: python 03_strength.py
 """
@@ -61,7 +62,7 @@ def annotate(args, rows, tokenizer, members):
         rows, groups = common.encode_pairs(tokenizer, rows, args.run)
         scores = torch.stack(vote(args, groups, tokenizer, members), 1)         # [M, N, 2]
     mu_hat, sigma_hat = preference_strength(scores[..., 0] - scores[..., 1])    # [N]
-    rounded = (scores * 1e4).round() / 1e4
+    rounded = (scores.double() * 1e4).round() / 1e4
     return [{**row, "chosen_score_list": rounded[:, i, 0].tolist(),
              "rejected_score_list": rounded[:, i, 1].tolist(),
              MEAN: mu_hat[i].item(), STD: sigma_hat[i].item(), "margin": mu_hat[i].item()}
@@ -102,8 +103,7 @@ def by_strength(rows, count):
 
 
 def mean(rows, name):
-    values = [row[name] for row in rows]
-    return sum(values) / len(values) if values else float("nan")
+    return sum(row[name] for row in rows) / len(rows)
 
 
 def consistency(valid, group_size):

@@ -1,4 +1,4 @@
-"""Stage 04: reward models on denoised preferences (sections 2.4 and 2.5).
+"""Stage 04: reward models on denoised preferences (sections 2.3 to 2.5).
 
 Reads 03_strength/{train,valid,gold}.jsonl and 01_sft/, writes 04_rm_denoise/NAME/ for each method:
 a reward model; train.jsonl, the pairs as trained on with their `margin` and `smoothing`; and
@@ -6,8 +6,8 @@ scores.jsonl, at every evaluation the rewards of the validation pairs and of as 
 after each epoch those of gold.jsonl too: {"step", "valid": {id: [r_c, r_r]}, "train": ...,
 "gold": ...}. The methods are settings of three switches:
 
-    --flip_below S   swap chosen and rejected of the pairs in the lowest share S of strength where
-                     mu_hat < 0
+    --flip_below S   swap chosen and rejected of the pairs in the lowest share S of strength (of
+                     the slice's, with --percentile) where mu_hat < 0
     --margin         adaptive margin mu_hat inside the log-sigmoid (Eq. 6; docs/readings.md)
     --smoothing a    label smoothing a (Eq. 5) on the pairs with mu_hat < 0; with --soften_all on
                      every pair (Figure 6)

@@ -9,9 +9,10 @@ each method. L_total = L_rm + beta L_cl; L_rm is Eqs. 5 and 6, on both views.
     simcse_diff, swav_diff   preference differences,
                              H = {f(x, y_c) - f(x, y_r), f(x, y_r) - f(x, y_c)}
 
-f(x, y) is the hidden state at the response's EOS. The two views h_s, h_t are two passes under
-different dropout, which is switched on for this stage only. With several processes the features of
-all of them are the batch. features.json has what Figure 11 shows, for the model and for LIKE's.
+f(x, y) is the hidden state where the reward is read, at the response's end. The two views h_s, h_t
+are two passes under different dropout, which is switched on for this stage only. With several
+processes the features of all are the batch. features.json has what Figure 11 shows, for the model
+and for LIKE's.
 
 Departures from the paper: (1) the paper does not state tau, epsilon, the Sinkhorn iterations, which
 are SimCSE's and SwAV's own here, nor for how many steps the prototypes are frozen, our choice;
@@ -24,6 +25,7 @@ import json
 import random
 from functools import partial
 
+import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -102,7 +104,7 @@ def preference_loss(r_chosen, r_rejected, margin, smoothing):
 
 
 def contrastive_features(h, on_differences):
-    """EOS features [B, 2, H] (chosen, rejected) → the set H of section 3.1.1, [2B, H]."""
+    """Features [B, 2, H] (chosen, rejected) → the set H of section 3.1.1, [2B, H]."""
     chosen, rejected = h.float().unbind(1)
     return torch.cat([chosen - rejected, rejected - chosen] if on_differences else
                      [chosen, rejected])
@@ -129,9 +131,9 @@ class ContrastiveRewardModel(common.RewardModel):
         weight = F.normalize(torch.randn(K, model.config.hidden_size, generator=generator), dim=-1)
         self.prototypes = torch.nn.Parameter(weight.to(next(model.parameters()).dtype))
 
-    def forward(self, batch, values=False):
+    def forward(self, batch):
         # the product is a copy that outlives ZeRO-3's gathering of the parameter for this pass
-        return *super().forward(batch, values), self.prototypes * 1
+        return *super().forward(batch), self.prototypes * 1
 
 
 def contrastive_loss(h, prototypes, args, name, step):
@@ -142,8 +144,7 @@ def contrastive_loss(h, prototypes, args, name, step):
     if name.startswith("simcse"):
         return simcse_loss(h_s, h_t, args.simcse_tau)
     # Every rank computes the whole loss, so the prototypes' gradient is W times too large once the
-    # loss is scaled by W; while they are frozen it is zero (not None: every engine must see every
-    # parameter).
+    # loss is scaled by W; while they are frozen it is zero.
     share = 0.0 if step <= args.freeze_prototypes else 1 / common.world_size()
     prototypes = share * prototypes + (1 - share) * prototypes.detach()
     return swav_loss(h_s, h_t, prototypes.float(), args.swav_tau, args.epsilon,
@@ -176,7 +177,7 @@ def train_method(args, method, name, tokenizer, train, valid_rows, gold, sft):
                            f"{model.config.model_type} model; its config needs one that is used")
             loss_rm = preference_loss(*rewards.unbind(1), views["margin"], views["smoothing"])
             loss_cl = contrastive_loss(h, prototypes, args, method, step)
-            # loss_cl is that of the whole global batch on every rank, loss_rm a share of a mean
+            # loss_cl is on every rank that of all ranks' micro batches, loss_rm this rank's
             rm.backward(loss_rm + beta * common.world_size() * loss_cl)
             run.note(loss_rm=loss_rm, loss_cl=loss_cl, grad_norm=rm.step())
         if run.due(step):
@@ -198,7 +199,9 @@ def overlap(h):
     from sklearn.model_selection import cross_val_predict
     x, y = h.flatten(0, 1).numpy(), torch.tensor([0, 1]).repeat(len(h)).numpy()
     folds, probe = min(5, len(h)), LogisticRegression(max_iter=1000)
-    told = cross_val_predict(probe, x, y, cv=folds) == y if folds > 1 else y * float("nan")
+    if folds < 2:  # of one pair neither can be told
+        return numpy.full((2, len(h), 2), numpy.nan)
+    told = cross_val_predict(probe, x, y, cv=folds) == y
     return silhouette_samples(x, y).reshape(-1, 2), told.reshape(-1, 2).astype(float)
 
 
@@ -249,7 +252,7 @@ def main(argv=None):
     like = common.require(args, f"04_rm_denoise/{args.like}", "python 04_rm_denoise.py")
     if args.name and len(args.methods) > 1:
         common.die("--name goes with one method: add --methods NAME")
-    if args.name and not common.is_name(args.name):
+    if args.name and (not common.is_name(args.name) or args.name == args.like):
         common.die(f"--name {args.name} cannot be a directory of this stage")
     common.side_by_side(args, args.methods, partial(train_methods, args, strength, like, sft))
 

@@ -45,9 +45,7 @@ HPARAMS = {
     "lam": (0.95, 0.95, 0.95, "GAE lambda"),
     "clip": (0.2, 0.2, 0.2, "policy ratio clip"),
     "value_clip": (0.2, 0.2, 0.2, "value clip"),
-    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
-    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
-    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
+    **common.SAMPLING,
     "generate_batch_size": (2, 16, 16, "prompts per process and call of generate"),
     "eval_every": (100, 10, 10, "steps between samples of the same ten prompts"),
     **common.TRAINING,
@@ -124,8 +122,8 @@ def paths(args):
         rm = next((f"{d}/{args.rm}" for d in ("04_rm_denoise", "05_rm_contrastive", "07_metarm")
                    if (Path(args.out) / d / args.rm).is_dir()), None) or common.die(
             f"no finished reward model {args.rm} in {args.out} of stage 04, 05 or 07")
-        if not common.is_name(name) or name.startswith("round_"):
-            common.die(f"--name {name} cannot be a directory of 06_ppo (round_r is --round's)")
+        if not common.is_name(name) or name == "sft" or name.startswith("round_"):
+            common.die(f"--name {name} cannot be a directory of 06_ppo (sft, round_r are taken)")
     for path in (start, rm):
         stage, _, number = path.replace("/round_", "/").partition("/")
         common.require(args, path, f"python {stage}.py" + (
@@ -142,7 +140,7 @@ def load_models(args, start, rm, prompts):
     reference = common.frozen(common.load_policy(f"{args.out}/01_sft", args), args, shard=True)
     reward_model = common.frozen(common.load_reward_model(rm, args), args, shard=True)
     T = args.run["max_response_tokens"]
-    probe = [{**g, "responses": [(g["prompt"] * T)[:T - k] for k in range(args.rollouts)]}
+    probe = [{**g, "responses": [(g["prompt"] * T)[:max(1, T - k)] for k in range(args.rollouts)]}
              for g in sorted(prompts, key=common.group_length)[-8:]]
     def both(batch):  # rewards and mean log-probabilities: both models must take the layout
         logps = common.token_logps(common.response_logits(reference, batch), batch["response_ids"])

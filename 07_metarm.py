@@ -13,11 +13,11 @@ the original pairs D. One step (Figure 14), with m prompts X_s of S and n pairs 
 A tenth of the prompts is held back to measure J at theta, which is saved, and at theta' (Figure 16,
 held_back.json; docs/readings.md says why theta's is lower); equation_17.json: Eqs. 15 to 17.
 
-Departures from the paper: (1) Eq. 14 is AdamW's step, as in all stages; (2) first order: g is
-applied to theta as it is (Algorithm 1), without the Jacobian of Eq. 15; (3) eta, k, m, n and the
+Departures from the paper: (1) Eq. 14 is AdamW's step, as in all stages; (2) eta, k, m, n and the
 first round's samples from pi^SFT (--first_samples) are not in the paper: its column has those of
-the authors' follow-up (Dou et al., AAAI 2025, arXiv 2405.00438); (4) the paper preset has autocast
-and n = 16 where 04 has bf16 and 32: compare J with 04's at --precision autocast --batch_size 16.
+the authors' follow-up (Dou et al., AAAI 2025, arXiv 2405.00438), --meta_prompts is ours; (3) the
+paper preset has autocast and n = 16 where 04 has bf16 and 32: compare J with 04's at --precision
+autocast --batch_size 16.
 
     deepspeed 07_metarm.py --round 1
     deepspeed 07_metarm.py --round 2 --eta 0     # toy: bit for bit the baseline of stage 04
@@ -48,9 +48,7 @@ HPARAMS = {
     "warmup": (0.1, 0.1, 0.1, "share of the steps with rising learning rate"),
     "eval_every": (500, 50, 25, "steps between evaluations, beside each epoch's end"),
     "equation_17": (0, 0, 6, "batches of four to measure Eq. 17 on (second derivatives)"),
-    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
-    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
-    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
+    **common.SAMPLING,
     "generate_batch_size": (4, 16, 64, "prompts per process and call of generate"),
     **common.TRAINING,
     "zero": (3, 0, 0, "DeepSpeed ZeRO stage"),
@@ -138,8 +136,8 @@ def train(run, rm, pairs, meta, evaluate):
         backward(rm, difference_loss, X_s)                     # 4: J_theta(X_s), Eq. 11
         theta = ascend(rm.engine, args.eta)                    # 5: theta' of Eq. 12
         losses = backward(rm, vanilla_loss, X_t)               # 6: L_theta'(X_t), Eqs. 10 and 13
-        restore(rm.engine, theta)                              # 7: Eq. 14 moves theta,
-        norm = rm.step()                                       #    not theta'
+        restore(rm.engine, theta)                              # 7: theta, not theta', is moved:
+        norm = rm.step()                                       #    Eq. 14
         run.note(loss=losses.mean(), grad_norm=norm)           # 8
         if run.due(step):
             result = evaluate(step, X_s)
@@ -162,10 +160,11 @@ def ascend_and_return(rm, held, X_s, eta):
 def equation_17(L, J, theta, eta):
     """Eqs. 15 to 17: what the meta step adds to the gradient of L, and what Eq. 17 says it adds.
 
-    Eq. 13 takes the gradient at theta' and Algorithm 1 applies it to theta as it is, without Eq.
-    15's Jacobian (1 + eta J'')^-1. By Taylor (Eq. 16) L(theta') = L + eta dL . dJ + o(eta), hence
-    Eq. 17: dL(theta') ~ d/dtheta [L + eta dL . dJ], with the eta that the paper drops. To first
-    order that is exact with dJ held fixed; the whole derivative has the term eta J'' dL besides.
+    Eq. 15 writes the gradient at theta', which Algorithm 1 follows, by derivatives at theta: with a
+    factor (1 + eta J'')^-1, which Eq. 17 leaves out as a constant. By Taylor (Eq. 16) L(theta') = L
+    + eta dL . dJ + o(eta), hence Eq. 17: dL(theta') ~ d/dtheta [L + eta dL . dJ], with the eta that
+    the paper drops. To first order that is exact with dJ held fixed; the whole derivative has the
+    term eta J'' dL besides, which the factor would take off again.
     L, J: functions without arguments → scalar, at the present theta; theta: list of tensors.
     → dL, dL(theta') - dL, and Eq. 17's term with dJ held fixed and whole: four flat vectors.
     """

@@ -32,9 +32,7 @@ HPARAMS = {
     # name: (paper, small, toy, help)
     "prompts": (100, 50, 400, "prompts per task and distribution, at most"),
     "M": (10, 10, 10, "reward models of --judge ensemble"),
-    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
-    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
-    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling"),
+    **common.SAMPLING,
     "generate_batch_size": (16, 16, 100, "prompts per process and call of generate"),
     "eval_batch_size": (8, 16, 64, "responses per process and forward pass of a judging model"),
     "precision": common.TRAINING["precision"],
@@ -151,12 +149,14 @@ def main(argv=None):
     if args.name and not common.is_name(args.name):
         common.die(f"--name {args.name} cannot be part of a directory's name")
     data = common.require(args, "00_data", "python 00_data.py")
-    common.require(args, "01_sft", "python 01_sft.py")
-    common.require(args, "06_ppo/round_0", "python 06_ppo.py --round 0")
+    policies = {"sft": "01_sft", "round_0": "06_ppo/round_0"} | {
+        name.split("/")[1]: name for name in common.finished(args.out) if name[:7] == "06_ppo/"}
+    for policy, path in policies.items():
+        flag = policy.replace("round_", "round ") if "round_" in policy else f"name {policy}"
+        common.require(args, path, "python 01_sft.py" if policy == "sft" else
+                       f"python 06_ppo.py --{flag}")
     read = judges.choose(args, "gold" if args.run.get("world") == "toy" else "ensemble")
     common.setup(args)
-    policies = {"sft": "01_sft"} | {name.split("/")[1]: name for name in common.finished(args.out)
-                                    if name.startswith("06_ppo/")}
     name = "08_evaluate" + (f"_{args.name}" if args.name else "")
     run = common.begin(args, name, ["00_data", *policies.values(), *read],
                        script="08_evaluate.py")

@@ -11,10 +11,11 @@ import random
 from functools import partial
 
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
-    TRAINING, barrier, begin, device, die, finished, free, from_rank_0, gather_rows, inference,
-    initialize, is_name, launch, log, parse_args, progress, rank, read_json, read_jsonl,
-    recompute_activations, replace_attention, require, save_checkpoint, save_stock, set_seed,
-    setup, side_by_side, subset, user_files, world_size, write_jsonl, write_text)
+    SAMPLING, TRAINING, barrier, begin, device, die, finished, first_line, free, from_rank_0,
+    gather_rows, inference, initialize, is_name, launch, log, new_parser, parse_args, progress,
+    rank, read_json, read_jsonl, recompute_activations, replace_attention, require, save_checkpoint,
+    save_stock, set_seed, setup, side_by_side, subset, user_files, world_size, write_jsonl,
+    write_text)
 
 import numpy
 import torch
@@ -128,7 +129,8 @@ def collate(groups, pad_id, layout="shared"):
              "response_ids": padded(flat, pad_id, T).view(shape := (len(groups), -1, T)),
              "mask": (t < lengths).view(shape), "predict_index": index.view(shape),
              "last_index": (row * L + start + lengths - 1).view(shape[:2])}
-    batch |= {name: torch.tensor([g[name] for g in groups]) for name in LABELS if name in groups[0]}
+    batch |= {name: torch.tensor([g[name] for g in groups]) for name in LABELS
+              if all(name in g for g in groups)}  # a user's data may have some
     batch = {k: v.to(device()) for k, v in batch.items()}
     if shared:
         lengths = [[len(g["prompt"]), *map(len, g["responses"])] for g in groups]
@@ -142,15 +144,13 @@ def collate(groups, pad_id, layout="shared"):
 def batches(groups, batch_size, steps, seed, window=16):
     """List of `steps` global batches (lists of groups), the same on every rank: fresh permutations,
     sorted by length inside windows of batches (little padding), the batches there shuffled."""
-    rng, order, out = random.Random(seed), [], []
-    while len(order) < steps * batch_size:
-        order += rng.sample(range(len(groups)), len(groups))
-    for start in range(0, steps * batch_size, window * batch_size):
-        chunk = order[start:min(start + window * batch_size, steps * batch_size)]
-        chunk.sort(key=lambda i: group_length(groups[i]))
+    rng, out, n = random.Random(seed), [], steps * batch_size
+    order = [g for _ in range(0, n, len(groups)) for g in rng.sample(groups, len(groups))][:n]
+    for start in range(0, n, window * batch_size):
+        chunk = sorted(order[start:start + window * batch_size], key=group_length)
         chunk = [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
         rng.shuffle(chunk)
-        out += [[groups[i] for i in batch] for batch in chunk]
+        out += chunk
     return out
 
 
@@ -363,7 +363,7 @@ def choose_layout(args, forward, groups):
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        difference = str(error).splitlines()[0]
+        difference = first_line(error)
     log(f"layout: the model does not take the shared one ({difference}): one row per response")
     return "separate"
 

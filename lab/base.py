@@ -1,5 +1,6 @@
 """What everything stands on: ranks, seeds and devices, one-line errors, files that are there whole
 or not at all, and their hashes. Stages see these names through `common`."""
+import argparse
 import ast
 import contextlib
 import fcntl
@@ -33,6 +34,10 @@ if not torch.cuda.is_available():
 HERE = Path(__file__).resolve().parents[1]
 STOPPED = 75  # exit code of a stage that a signal stopped after a checkpoint (EX_TEMPFAIL)
 locks, lane = {}, 0  # lane: among the processes of lab/forks.py
+SAMPLING = {  # rows of the stages that sample: (paper, small, toy, help)
+    "temperature": (0.8, 0.8, 1.0, "sampling temperature"),
+    "top_p": (0.9, 0.9, 1.0, "nucleus sampling"),
+    "repetition_penalty": (1.1, 1.1, 1.0, "of sampling")}
 # hyperparameters that 0 would make meaningless, and those that are a share
 POSITIVE = {"epochs", "lr", "actor_lr", "critic_lr", "temperature", "top_p", "repetition_penalty",
             "simcse_tau", "swav_tau", "epsilon", "reward_clip", "clip", "value_clip"}
@@ -206,6 +211,19 @@ def die(message):
     sys.exit(2)
 
 
+def first_line(error):
+    """Of an exception's message; where it has none, its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def new_parser(doc, **more):
+    """A parser of flags whose help is `doc` as it stands; what it does not take is one line."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+    parser.error = lambda message: die(f"{message} ({parser.prog} --help lists the flags)")
+    return parser
+
+
 def value_of(args, name, row, column):
     """A hyperparameter: a flag's value, else that of the preset's column, where `small` computes in
     fp32 instead of autocast on a CPU without bf16."""
@@ -220,7 +238,8 @@ def check_value(name, value, row):
     if isinstance(value, (bool, str)):
         return
     most, above = (1 if name in SHARES else math.inf), name in POSITIVE
-    least = {"k": 2, "freeze_prototypes": 0}.get(name, type(value) is int and 0 not in row[:3])
+    least = {"k": 2, "freeze_prototypes": 0, "max_prompt_tokens": 2, "max_response_tokens": 8}.get(
+        name, type(value) is int and 0 not in row[:3])  # room for a BOS, and for what ends a turn
     if not (least <= value <= most and value != math.inf and (value or not above)):
         die(f"--{name} must be {'above' if above else 'at least'} {least:d}"
             + " and at most 1" * (most == 1) + f", not {value}")

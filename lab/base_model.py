@@ -19,7 +19,7 @@ def check(args):
     try:
         config, tokenizer = common.load_config(name, "CausalLM"), common.load_tokenizer(name)
     except (OSError, ValueError, KeyError) as error:
-        common.die(f"cannot load --model {name}: {(str(error).splitlines() or [''])[0][:200]}")
+        common.die(f"cannot load --model {name}: {common.first_line(error)[:200]}")
     if os.path.isdir(name) and not glob.glob(f"{name}/*.safetensors"):
         common.die(f"{name} holds no *.safetensors: pickled weights are not loaded; "
                    "save_pretrained of a current transformers writes safetensors")

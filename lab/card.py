@@ -43,7 +43,7 @@ def write_card(folder, name, settings, run, metrics):
     run.json; metrics: the stage's headline numbers."""
     if not (folder / "config.json").exists() or name[:2] not in ABOUT:
         return
-    base, sources, policy = run["model"], run["preferences"] or ["toy"], name[:2] in ("01", "06")
+    base, sources, policy = run["model"], run["preferences"], name[:2] in ("01", "06")
     hyper = {"seed": settings["seed"], **settings["hyperparameters"]}
     variant = f"A reward model trained by `{hyper['variant']}`, our variant of MetaRM" \
         if hyper.get("variant") else None

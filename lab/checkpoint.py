@@ -70,6 +70,6 @@ def load(stage):
     name, keys, *rest = states["numpy"]
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and states["cuda"]:
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
     log(f"{stage.name}: goes on after step {made['step']} of {stage.total}")

@@ -88,21 +88,12 @@ def consistency_steps(d, pick):
     return [zero - weakest, strongest - zero]
 
 
-def accuracy(d, pick, figure, models, others=(), kind=None):
-    """Mean accuracy of some models at the end of training, minus that of others."""
-    result = final(d[figure], pick, kind)
-    means = [np.mean([result[m] for m in of]) for of in (models, others) if of]
-    return means[0] - sum(means[1:])
-
-
-def both_flipped(d, pick):
-    result = final(d["figure_05"], pick)
-    return [result["tenth_01_flip"], result["tenth_02_flip"]]
-
-
-def strongest_order(d, pick):
-    r = final(d["figure_06"], pick)
-    return [r["tenth_10_soft_margin"] - r["tenth_10_margin"], r["tenth_10_margin"] - r["tenth_10"]]
+def accuracy(d, pick, figure, of, kind=None):
+    """Accuracies at the end of training; of: ["a b - c"], that of models a and b (mean) minus c's,
+    all on the same pairs, of one figure or of several."""
+    r = final({k: c for name in figure.split() for k, c in d[name].items()}, pick, kind)
+    means = [[np.mean([r[m] for m in part.split()]) for part in text.split(" - ")] for text in of]
+    return [mean[0] - sum(mean[1:]) for mean in means]
 
 
 def late_change(curve, i, kind):
@@ -119,21 +110,11 @@ def late_changes(d, pick, signs):
                           for of in (["baseline_3_epochs"], DENOISING)])
 
 
-def steadier(d, figure, others, curves):
+def steadier(d, pick, figure, others, curves):
     """Mean over some curves of log(roughness under the baseline / mean roughness under the other
     reward models)."""
     return np.mean([np.log(roughness(f(d[figure]["baseline"])) / np.mean(
         [roughness(f(d[figure][name])) for name in others])) for f in curves])
-
-
-def steadier_kl(d, pick):
-    return steadier(d, "figure_09", figures.DENOISING,
-                    (lambda c: c["kl"], lambda c: np.log(c["perplexity_sft"])))
-
-
-def steadier_reward(d, pick):
-    return steadier(d, "figure_12", figures.CONTRASTIVE,
-                    (lambda c: c["reward"] / c["reward_std"][-1], lambda c: c["return"]))
 
 
 def leads_on(d, pick, name, opponent="baseline", policies=METHODS):
@@ -182,29 +163,24 @@ def tasks(d, kind="eval_"):
             yield task, t["best"][task], verdicts, t["unseen"][name]
 
 
-def last_round(verdicts):
-    return max(int(policy[6:]) for policy in verdicts)
+def last_round(verdicts, most=99):
+    return f"round_{min(most, max(int(policy[6:]) for policy in verdicts))}"
+
+
+def more_wins(verdicts, policy, other, i):
+    """How much more often one round wins against SFT than another; nan where there is but one."""
+    more = wins(verdicts, policy, "sft", i) - wins(verdicts, other, "sft", i)
+    return np.nan if last_round(verdicts) == "round_1" else more
 
 
 def first_rounds_rise(d, pick):
-    rises = []
-    for _, _, verdicts, _ in tasks(d):
-        i, last = pick(len(verdicts["round_1"]["sft"])), min(3, last_round(verdicts))
-        if last < 2:
-            return np.nan
-        rises.append(
-            wins(verdicts, f"round_{last}", "sft", i) - wins(verdicts, "round_1", "sft", i))
-    return np.mean(rises)
+    return np.mean([more_wins(v, last_round(v, 3), "round_1", pick(len(v["round_1"]["sft"])))
+                    for _, _, v, _ in tasks(d)] or np.nan)
 
 
 def falls_after_best(d, pick):
-    falls = []
-    for _, best, verdicts, unseen in tasks(d):
-        last, i = last_round(verdicts), unseen[pick(len(unseen))]
-        if last < 2:
-            return np.nan
-        falls.append(wins(verdicts, best, "sft", i) - wins(verdicts, f"round_{last}", "sft", i))
-    return np.mean(falls)
+    return np.mean([more_wins(v, best, last_round(v), unseen[pick(len(unseen))])
+                    for _, best, v, unseen in tasks(d)] or np.nan)
 
 
 def best_against_vanilla(d, pick, kind):
@@ -227,28 +203,16 @@ def later_epochs(d, pick, kind=None):
     return late_change(curve, pick(curve["right"][kind].shape[1]), kind)
 
 
-def inflation(d, pick):
-    first, last = d["figure_20"]["epoch_end"][0], d["figure_20"]["epoch_end"][-1]   # [N, 2]
-    i = pick(len(first))
-    rise = (last[i] - first[i]).mean(0)                                   # chosen, rejected
+def epochs_1_to_3(d, pick, of):
+    """`of` the scores [N, 2], chosen and rejected, at the ends of the first and the third epoch."""
+    ends = d["figure_20"]["epoch_end"]                                    # [3, N, 2]
+    i = pick(ends.shape[1])
+    return of(ends[0][i], ends[-1][i])
+
+
+def inflation(first, last):
+    rise = (last - first).mean(0)                                         # chosen, rejected
     return rise.mean() - (rise[0] - rise[1])
-
-
-def score_rise(d, pick):
-    first, last = d["figure_20"]["epoch_end"][0], d["figure_20"]["epoch_end"][-1]
-    i = pick(len(first))
-    return (last[i] - first[i]).mean()
-
-
-def gap_ratio(d, pick):
-    first, last = d["figure_20"]["epoch_end"][0], d["figure_20"]["epoch_end"][-1]
-    i = pick(len(first))
-    return (last[i] @ [1, -1]).mean() / (first[i] @ [1, -1]).mean()
-
-
-def weak_end_costs(d, pick):
-    r = final({k: c for f in ("figure_21", "figure_22") for k, c in d[f].items()}, pick)
-    return r["part_080_100"] - r["part_000_060"]
 
 
 def sooner_extreme(d, pick):
@@ -274,28 +238,38 @@ def equation_17(d, pick, kind):
 
 # ---------------------------------------------------------------- the ledger
 
-TENTHS = figures.TENTHS
 MEASURES = {
     "C1": share_below_zero, "C2": u_shape, "C3": consistency_steps,
-    "C4": partial(accuracy, figure="figure_04", models=TENTHS[:2]),
-    "C5": partial(accuracy, figure="figure_04", models=TENTHS[2:4]),
-    "C6": partial(accuracy, figure="figure_04", models=TENTHS[6:9], others=TENTHS[9:]),
-    "C7": both_flipped, "C8": strongest_order,
-    "C9": partial(accuracy, figure="figure_07", models=["margin"], others=["baseline"]),
+    "C4": partial(accuracy, figure="figure_04", of=["tenth_01 tenth_02"]),
+    "C5": partial(accuracy, figure="figure_04", of=["tenth_03 tenth_04"]),
+    "C6": partial(accuracy, figure="figure_04", of=["tenth_07 tenth_08 tenth_09 - tenth_10"]),
+    "C7": partial(accuracy, figure="figure_05", of=["tenth_01_flip", "tenth_02_flip"]),
+    "C8": partial(accuracy, figure="figure_06", of=[
+        "tenth_10_soft_margin - tenth_10_margin", "tenth_10_margin - tenth_10"]),
+    "C9": partial(accuracy, figure="figure_07", of=["margin - baseline"]),
     "C10": partial(late_changes, signs=(-1, 1)), "C10b": partial(late_changes, signs=(1, 0)),
     "C10c": partial(late_changes, signs=(0, 1)),
-    "C11": partial(accuracy, figure="figure_08", models=NOISY, others=DENOISING, kind="original"),
-    "C12": steadier_kl, "C13": partial(leads_on, name="eval_harmless"), "C14": less_on_helpful,
-    "C15": simcse_separates, "C16": steadier_reward, "C17": simcse_is_best,
-    "C18": partial(wider_differences, where="theta"),
+    "C11": partial(accuracy, figure="figure_08", kind="original", of=[
+        f"{' '.join(NOISY)} - {' '.join(DENOISING)}"]),
+    "C12": partial(steadier, figure="figure_09", others=figures.DENOISING, curves=(
+        lambda c: c["kl"], lambda c: np.log(c["perplexity_sft"]))),
+    "C13": partial(leads_on, name="eval_harmless"), "C14": less_on_helpful,
+    "C15": simcse_separates,
+    "C16": partial(steadier, figure="figure_12", others=figures.CONTRASTIVE, curves=(
+        lambda c: c["reward"] / c["reward_std"][-1], lambda c: c["return"])),
+    "C17": simcse_is_best, "C18": partial(wider_differences, where="theta"),
     "C18b": partial(wider_differences, where="theta_prime"), "C18c": rise_by_first_order,
     "C19": first_rounds_rise, "C20": falls_after_best,
     "C21": partial(best_beats_vanilla, kind="eval_"),
     "C22a": partial(best_beats_vanilla, kind="ood_"), "C22b": less_out_of_distribution,
-    "C23a": partial(later_epochs, kind="train"), "C23b": later_epochs, "C24": inflation,
-    "C24b": score_rise, "C24c": gap_ratio, "C25a": weak_end_costs,
-    "C25b": partial(accuracy, figure="figure_22", models=["part_040_100"],
-                    others=["part_080_100"]), "C26": sooner_extreme, "C27": differ_on_weak,
+    "C23a": partial(later_epochs, kind="train"), "C23b": later_epochs,
+    "C24": partial(epochs_1_to_3, of=inflation),
+    "C24b": partial(epochs_1_to_3, of=lambda first, last: (last - first).mean()),
+    "C24c": partial(epochs_1_to_3, of=lambda first, last: (
+        (last @ [1, -1]).mean() / (first @ [1, -1]).mean())),
+    "C25a": partial(accuracy, figure="figure_21 figure_22", of=["part_080_100 - part_000_060"]),
+    "C25b": partial(accuracy, figure="figure_22", of=["part_040_100 - part_080_100"]),
+    "C26": sooner_extreme, "C27": differ_on_weak,
     "C28a": partial(equation_17, kind="whole"), "C28b": partial(equation_17, kind="fixed")}
 # [(id, entry with its criterion (low, high; None is no bound), function)]
 CLAIMS = [(name, {"note": "", "paper": "", **c, "criterion": (c.get("low"), c.get("high"))},
@@ -339,6 +313,8 @@ def as_arrays(data):
     """Lists of numbers as numpy arrays, all the way down; None, as in verdicts, is nan."""
     if isinstance(data, dict):
         return {key: as_arrays(value) for key, value in data.items()}
+    if isinstance(data, list) and len({len(x) for x in data if isinstance(x, list)}) > 1:
+        return list(map(as_arrays, data))  # of rounds of PPO with unequal numbers of steps
     return np.array(data, float if None in data else None) if isinstance(data, list) else data
 
 

@@ -191,7 +191,7 @@ def plan(args, flags):
         for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
             for manifest in out.glob(pattern):
                 promote(manifest.parent)  # a process was killed just before it did
-    asked = check_data(out if not "00_data".startswith(first) else Path("no"), flags,
+    asked = check_data(out if not "00_data".startswith(first) else Path(os.devnull), flags,
                        check_model=not args.dry_run)
     preset, world = asked.preset, "toy" if {*asked.preferences} <= {*sources.TOY} else None
     if (out / "run.json").exists():
@@ -398,10 +398,8 @@ def work(args, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     epilog="other flags go to 00_data.py",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: die(f"{message} (bash run_all.sh --help lists the flags)")
+    parser = common.new_parser(__doc__, allow_abbrev=False, prog="bash run_all.sh",
+                               epilog="other flags go to 00_data.py")
     flag = parser.add_argument
     flag("--out", default="out", help="run directory, or directory of the runs (default: out)")
     flag("--plan", action="store_true", help="of the pipeline: what run_all.sh is to do")

@@ -160,6 +160,8 @@ def data_epochs(run, names=METHODS, beside=()):
 def data_11(run):
     folder = run.path / "05_rm_contrastive"
     found = {name: read(folder / name / "features.json") for name in CONTRASTIVE}
+    if "baseline" not in found["simcse"]:
+        raise Missing(f"{folder}/simcse is not trained on the baseline's pairs")
     return {"baseline": found["simcse"]["baseline"]} | {n: d[n] for n, d in found.items()}
 
 
@@ -167,10 +169,7 @@ def data_16(run):
     """Rewards, their differences and J of each round's held-back samples at theta, theta' and under
     the vanilla model."""
     folder = run.path / "07_metarm"
-    held = {name: read(folder / name / "held_back.json") for name in rounds(run)[1:]}
-    if not held:
-        raise Missing(f"{run.path}/07_metarm has no rounds")
-    return held
+    return {name: read(folder / name / "held_back.json") for name in rounds(run)[1:]}
 
 
 def data_19(run):
@@ -448,6 +447,11 @@ def kinds_of(seeds):
     return [k for k in (*SETS, "train") if k in next(iter(seeds[0].values()))["right"]]
 
 
+def same_models(seeds):
+    """The runs that have all models of the first; of others the experiments are not over."""
+    return [d for d in seeds if seeds[0].keys() <= d.keys()]
+
+
 def final_table(seeds):
     models, kinds = [m for m in seeds[0] if "right" in seeds[0][m]], kinds_of(seeds)
     kinds += ["gold"] * all("gold" in d[m]["right"] for d in seeds for m in models)
@@ -499,6 +503,7 @@ def draw_03(seeds):
 def draw_models(seeds):
     """Accuracy and loss of several models of stage 04 during training: Figures 4 to 7 and 21 to
     25."""
+    seeds = same_models(seeds)
     models, kind = list(seeds[0]), "judge" if "judge" in kinds_of(seeds) else "original"
     colours = plt.get_cmap("viridis")(np.linspace(0, 1, len(models)))
     style = {label(m): {"color": c} for m, c in zip(models, colours)} if len(models) > 6 else {}
@@ -511,6 +516,7 @@ def draw_models(seeds):
 
 
 def draw_08(seeds):
+    seeds = same_models(seeds)
     return show([{"lines": {label(m): accuracy(seeds, m, kind) for m in seeds[0]},
                   "title": "training pairs" if kind == "train" else f"{kind} validation set",
                   "xlabel": "step", "ylabel": "accuracy"} for kind in kinds_of(seeds)],
@@ -626,6 +632,8 @@ def draw_wins(opponents, kind="eval_", best=False):
         table = pooled([row for d in seeds for row in (d if best else d["comparisons"])],
                        opponents, kind, best)
         panels = list(dict.fromkeys((row[0], row[2]) for row in table[1:]))
+        if not panels:  # a judge's limit left no verdict
+            return None, rounded(table)
         shown = {p: [r for r in table[1:] if (r[0], r[2]) == p][::-1] for p in panels}
         figure = show([{"title": f"{name} against {opponent}", "xlim": (0, 100),
                         "xlabel": "% of prompts"} for name, opponent in panels],
@@ -830,10 +838,6 @@ def draw_equation_17(seeds):
                                d["eta"]] for i, d in enumerate(seeds)]
 
 
-def draw_table_3(seeds):
-    return None, rounded(pooled(sum(seeds, []), ("sft", "round_0"), "eval_", best=True))
-
-
 # name: (data of a run, drawing; None: page.html sets the texts)
 DRAWN = {
     "figure_01": (data_01, draw_01),
@@ -857,7 +861,8 @@ DRAWN = {
     "equation_17": (lambda run: read(run.path / "07_metarm/round_1/equation_17.json"),
                     draw_equation_17),
     "table_2": (lambda run: evaluated(run, rounds(run)), draw_wins(("sft",))),
-    "table_3": (data_table_3, draw_table_3),
+    "table_3": (data_table_3, lambda seeds: (None, rounded(pooled(
+        sum(seeds, []), ("sft", "round_0"), "eval_", best=True)))),
     "figure_15": (data_15, draw_wins(("sft", "round_0"), "ood_", best=True)),
     "figure_16": (data_16, draw_16),
     "figure_17": (lambda run: ppo(run, *rounds(run)), draw_ppo),
@@ -882,5 +887,6 @@ DRAWN = {
     "overoptimised": (data_overoptimised, draw_overoptimised),
 }
 # name: (title, what the paper saw, stage directories it comes from, data, drawing)
-FIGURES = {name: (f["title"], f["saw"], f["made"], *DRAWN[name]) for name, f in tomllib.loads(
-    Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()}
+FIGURES = {name: (f["title"], f.get("saw", ""), f["made"], *DRAWN[name])
+           for name, f in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(
+               encoding="utf-8")).items()}

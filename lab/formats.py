@@ -57,11 +57,9 @@ PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversati
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"),
          ("chosen_response", "rejected_response"), ("response", "rejected_response"),
          ("messages", "rejected_response"), ("messages", "rejected_messages"))
-CHOSEN_OF_TWO = [(a, b) for stem in ("response", "answer", "output", "completion", "human_ref",
-                                     "conversation")
-                 for a, b in ((f"{stem}_0", f"{stem}_1"), (f"{stem}_1", f"{stem}_2"),
-                              (f"{stem}1", f"{stem}2"), (f"{stem}_a", f"{stem}_b"),
-                              (f"{stem}_A", f"{stem}_B"))]
+CHOSEN_OF_TWO = [(stem + a, stem + b) for stem in (
+    "response", "answer", "output", "completion", "human_ref", "conversation")
+    for a, b in (("_0", "_1"), ("_1", "_2"), ("1", "2"), ("_a", "_b"), ("_A", "_B"))]
 CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "preference", "preferred",
            "chosen", "label", "labels")
 ARENA = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
@@ -175,12 +173,6 @@ def is_blank(value):
     return value == [] or isinstance(value, str) and not value.strip()
 
 
-def only_text(value):
-    """The text in the literal of a list of one, or None."""
-    found = literal(value) if re.match(r"""\s*\[\s*["']""", value) else None
-    return found[0] if is_texts(found) and len(found) == 1 else None
-
-
 def split_last(conversation):
     if not conversation or conversation[-1]["role"] != "assistant":
         raise Drop("no assistant turn")
@@ -202,8 +194,9 @@ def take_history(row, style, whole=False):
     if not names:
         return None
     base = parsed(row.pop(names[0]))
-    if isinstance(row, Cells) and isinstance(base, str):
-        base = only_text(base) or base
+    if isinstance(row, Cells) and isinstance(base, str) and re.match(r"""\s*\[\s*["']""", base):
+        only = literal(base)  # a list of one text
+        base = is_texts(only) and len(only) == 1 and only[0] or base
     if is_texts(base):
         if len(base) % 2 == 0:
             raise Bad(f"`{names[0]}` has an even number of texts: the last one is not the user's")
@@ -238,7 +231,8 @@ def with_columns(row, base, style, names=()):
         before = []
     for name, text in more.items():
         if not name.startswith("system"):  # the material of an instruction
-            base[-1]["content"] += f"\n\n{text}"
+            asked = next((m for m in base[::-1] if m["role"] == "user"), base[-1])
+            asked["content"] += f"\n\n{text}"
             style.notes[f"prompts end in column `{name}`"] += 1
         elif any(m["role"] == "system" for m in base):
             raise Bad(f"column `{name}` beside another system turn")
@@ -341,8 +335,7 @@ def take_sides(row):
     if isinstance(row.get("completions"), list):
         scored = [(c["overall_score"], c["response"]) for c in row.pop("completions")
                   if isinstance(c, dict) and isinstance(c.get("response"), str)
-                  and c.get("overall_score") is not None
-                  and c["overall_score"] == c["overall_score"]]  # no NaN
+                  and "overall_score" in present(c)]  # neither None nor NaN
         if len(scored) < 2 or not all(type(score) in (int, float) for score, _ in scored):
             raise Bad("`completions` has no two responses with an `overall_score`, or one that is "
                       "no number")
@@ -355,8 +348,8 @@ def take_sides(row):
         raise Bad("column `label` marks single responses; pairs of `chosen` and `rejected` are "
                   "needed")
     names = sorted(k for k in row if re.fullmatch(r"\w{1,30}", str(k)))  # others may be contents
-    found = "the header in the first line" if isinstance(row, Cells) else " ".join(
-        ["the columns", *filter(None, [", ".join(names)[:150]])])
+    found = "the header in the first line" if isinstance(row, Cells) else \
+        f"the columns {', '.join(names)[:150]}".rstrip()
     raise Bad(f"column `{missing}` is missing, and no other form fits {found} "
               "(00_data.py --help lists them)" if missing
               else f"`chosen` is {type(row['chosen']).__name__}, not text")
@@ -546,20 +539,20 @@ def bare(before, answers, style):
 def write(style, history, answers, tools=None):
     """(prompt, responses) as the model reads them."""
     texts, marked = [a["content"] for a in answers], isinstance(history, str)
-    keys = {} if marked else other_keys([*history, *answers])
+    turns = [] if marked else history
+    keys = {k for m in [*turns, *answers] for k in m} - {"role", "content", "name", "tool_call_id"}
     if marked:  # templated already: only an opening may lack
         prompt = open_turn(history, markup(history))
         begun = not prompt.endswith(markup(history))  # with words of the response
         texts = [ENDS.sub("", t if begun else OPENED.sub("", t).lstrip()).rstrip() for t in texts]
-    if any(map(SPECIAL.search, texts if marked else
-               [*(m["content"] for m in history), *texts])):
+    if any(map(SPECIAL.search, [*(m["content"] for m in turns), *texts])):
         style.notes["rows hold marks of a turn or a template, kept as text"] += 1
-    later = [m["role"] != "system" for m in history if not marked]
+    later = [m["role"] != "system" for m in turns]
     if style.form == "hh" and later != sorted(later):
         style.notes["rows whose system turn in the middle goes to the front"] += 1
     if not marked:
         if style.form == "chat" and (keys or tools):
-            check_used(style, history, answers, tools)
+            check_used(style, history, answers, tools, keys)
         elif set(CALLS) & keys:
             raise Bad("`tool_calls` needs a --model whose chat template writes them")
         elif len(set(texts)) == 1 < len({json.dumps(a, sort_keys=True) for a in answers}):
@@ -575,10 +568,10 @@ def write(style, history, answers, tools=None):
     return prompt, [lead + t for t in texts]
 
 
-def write_none(row, names, style):
-    """--template none: (prompt, responses) as they stand in the columns; an HH dialogue is divided
-    after its last mark."""
-    texts = without_prompt(row, [string(row, name).rstrip() for name in names], style)
+def write_none(row, sides, style):
+    """--template none: (prompt, responses) as they stand in the columns, those of `sides` taken out
+    of the row; an HH dialogue is divided after its last mark."""
+    texts = without_prompt(row, [string(sides, name).rstrip() for name in sides], style)
     prompt = row.pop("prompt", None)
     if not isinstance(prompt, str | None):
         raise Bad("messages need --template auto or hh")
@@ -591,22 +584,15 @@ def write_none(row, names, style):
         prompt, texts = divided[0][0] + ASSISTANT, [text for *_, text in divided]
     if not prompt.strip() or not all(t.strip() for t in texts):
         raise Drop("empty response" if prompt.strip() else "empty prompt")
-    for name in names:
-        del row[name]
     return prompt, texts
 
 
-def other_keys(history):
-    """What messages have beside role and content."""
-    return {k for m in history for k in m} - {"role", "content", "name", "tool_call_id"}
-
-
-def check_used(style, history, answers, tools):
+def check_used(style, history, answers, tools, keys):
     """Bad where the chat template does not write a key of the messages, or the tools: calls and
     tools always, reasoning where the responses differ in nothing else."""
     alike = len({a["content"] for a in answers}) == 1
     whole = [apply_template(style, [*history, a], tools) for a in answers]
-    for key in sorted(other_keys([*history, *answers]) | ({"tools"} if tools else set())):
+    for key in sorted([*keys, "tools"] if tools else keys):
         bare = [apply_template(style, [{k: v for k, v in m.items() if k != key}
                                        for m in [*history, a]], tools if key != "tools" else None)
                 for a in answers]
@@ -625,12 +611,12 @@ def take_tools(row, style):
     tools = None
     for name in CARRIERS:
         value = row.pop(name, None)
-        if isinstance(value, str) and value.strip() in ("[]", "{}", "null", "None") or isinstance(
-                value, list) and not any(value):
+        if isinstance(value, list) and not any(value) or isinstance(
+                value, str) and value.strip() in ("", "[]", "{}", "null", "None"):
             continue
         if name == "tools" and isinstance(value, str):
             try:
-                value = json.loads(value or "[]")
+                value = json.loads(value)
             except ValueError:
                 raise Bad("`tools` is not JSON") from None
         if value and name == "tools" and style.form == "chat":
@@ -735,11 +721,10 @@ def words(value):
 def task_name(text):
     """A task as part of a file's name: letters, digits and the marks on them, in any script; what
     is longer or has none is told apart by a hash."""
-    name = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " "
-                   for c in text.lower()).split()
-    short, whole = "_".join(name)[:40], "_".join(name)
-    return short if short == whole and (short or not text.strip()) else \
-        f"{short[:31]}_{hash_text(ascii(text))[:8]}"
+    name = "_".join("".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " "
+                            for c in text.lower()).split())
+    told = len(name) <= 40 and (name or not text.strip())
+    return name if told else f"{name[:31]}_{hash_text(ascii(text))[:8]}"
 
 
 def read_pair(row, style):
@@ -752,22 +737,15 @@ def read_pair(row, style):
             style.notes[f"rows whose `{names[0]}` is not above their `{names[1]}`"] += 1
     if row.get("status") == "tie":  # distilabel's
         raise Drop("no preference")
+    tools = take_tools(row, style)
     if style.form == "none":
-        take_tools(row, style)
-        row |= zip(("chosen", "rejected"), take_sides(row))
-        prompt, texts = write_none(row, ("chosen", "rejected"), style)
+        prompt, texts = write_none(row, dict(zip(("chosen", "rejected"), take_sides(row))), style)
     else:
-        prompt, texts = read_dialogues(row, style)
+        before, answers, _ = divide(row, style)
+        prompt, texts = write(style, before, answers, tools)
     if texts[0].strip() == texts[1].strip():
         raise Drop("identical responses")
     return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1], **extra}
-
-
-def read_dialogues(row, style):
-    """(prompt, [chosen, rejected]) of a preference row in any format but --template none's."""
-    tools = take_tools(row, style)
-    before, answers, _ = divide(row, style)
-    return write(style, before, answers, tools)
 
 
 def divide(row, style):
@@ -809,11 +787,9 @@ def as_came(row, style, spoken=False):
     whole = all(is_blank(row.get(k, "")) for k in (
         *PROMPTS, "input", "info", *SYSTEM, "history"))
     if style.form == "none":
-        texts = take_sides(row)
-        prompt, sides = write_none(row | dict(zip(("chosen", "rejected"), texts)),
-                                   ("chosen", "rejected"), style)
-        return dict(zip(("chosen", "rejected"), texts)) if whole else {
-            "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+        sides = dict(zip(("chosen", "rejected"), take_sides(row)))
+        prompt, texts = write_none(row, sides, style)
+        return sides if whole else {"prompt": prompt, **dict(zip(sides, texts))}
     tools, changed = take_tools(row, style), row != as_it_is
     given, raw = (next((r[k] for k in PROMPTS if not is_blank(r.get(k, ""))), None)
                   for r in (row, as_it_is))
@@ -833,7 +809,7 @@ def as_came(row, style, spoken=False):
                 a["content"] for a in answers)))}]
     for pair in made:
         with contextlib.suppress(Drop, Bad):
-            if read_dialogues(in_one_form(pair, style), style) == want:
+            if [*read_pair(in_one_form(pair, style), style).values()] == [want[0], *want[1]]:
                 return pair
     prompt, sides = (before, [[a] for a in answers]) if isinstance(before, list) else want
     return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1],
@@ -843,9 +819,8 @@ def as_came(row, style, spoken=False):
 def carried(row):
     """Take the known columns beside the texts out of the row, checked; `margin` is the mean
     difference where only that is given."""
-    out = {k: row.pop(k) for k in (*SCORES, *NUMBERS, LABEL) if k in row}
-    # CSV has texts only
-    out = {k: v if not isinstance(v, str) else literal(v) for k, v in out.items() if v != ""}
+    out = {k: literal(v) if isinstance(v, str) else v  # CSV has texts only
+           for k in (*SCORES, *NUMBERS, LABEL) if (v := row.pop(k, "")) != ""}
     for name, value in out.items():
         for x in value if name in SCORES and isinstance(value, list) else [value]:
             # NaN is not either
@@ -865,11 +840,12 @@ def carried(row):
 
 def read_sft(row, style):
     names = [k for k in ANSWERS if k in row]
-    if style.form == "none":
-        take_tools(row, style)
-        prompt, (response,) = write_none(row, names[:1] or ["response"], style)
-        return {"prompt": prompt, "response": response}
     tools, spoken = take_tools(row, style), set(PROMPTS[4:]) & row.keys()
+    if style.form == "none":
+        if not names:
+            raise Bad("column `response` is missing")
+        prompt, (response,) = write_none(row, {names[0]: row.pop(names[0])}, style)
+        return {"prompt": prompt, "response": response}
     value = without_prompt(row, [row.pop(names[0])], style)[0] if names else None
     whole = next((k for k in PROMPTS[4:] if isinstance(parsed(row.get(k)), list)), None)
     history = take_history(row, style, is_dialogue(value)) if names or not whole else with_columns(
@@ -894,8 +870,7 @@ def read_prompt(row, style):
         row["prompt"] = asked[0]
     if style.form == "none" and "prompt" in row:
         take_tools(row, style)
-        row["response"] = "-"
-        return {"prompt": write_none(row, ["response"], style)[0]}
+        return {"prompt": write_none(row, {"response": "-"}, style)[0]}
     names = next((two for two in (*CHOSEN_OF_TWO, *PAIRS) if set(two) <= row.keys()), None)
     tools = take_tools(row, style)
     history = take_history(row, style, names and is_dialogue(row[names[0]]))

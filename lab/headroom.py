@@ -9,7 +9,6 @@ preference in the reward model's place, lab/ppo_reward.py) and 08, with their to
 for helpful and harmless prompts (OUT/seed_S) and for summaries (OUT/summary_S); complete stages are
 kept. Then it trains a reward model as the baseline on labels put right, and prints the table.
 """
-import argparse
 import json
 import statistics
 import sys
@@ -102,8 +101,7 @@ def measure(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.new_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--out", default="out_headroom", help="directory of the runs")
     parser.add_argument("--limit", type=int, help="as for 00_data.py: a smoke run")

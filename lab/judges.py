@@ -17,7 +17,6 @@ twice.
     python -m lab.judges sheet out/08_evaluate --n 100 > people.csv  to fill in: A, B or C
     python -m lab.judges agree out/08_evaluate people.csv
 """
-import argparse
 import concurrent.futures
 import csv
 import hashlib
@@ -125,7 +124,7 @@ def choose(args, default=None):
         if not common.load_tokenizer(kind[6:]).chat_template:
             common.die(f"--judge {kind}: its tokenizer has no chat template")
     except (OSError, ValueError) as error:
-        common.die(f"--judge {kind}: {str(error).splitlines()[0]}")
+        common.die(f"--judge {kind}: {common.first_line(error)}")
     return common.user_files(kind[6:]) if Path(kind[6:]).is_dir() else []
 
 
@@ -349,11 +348,8 @@ def in_turn(todo, before):
     before goes last."""
     answers = sum(not row["reply"].startswith((REFUSED, NO_ANSWER)) for row in before)
     refused = {(row["id"], row["order"]) for row in before if row["reply"].startswith(REFUSED)}
-
-    def was_refused(ask):
-        return (ask[0]["id"], ask[1]) in refused
-    return answers, [(ask, answers > 0 and was_refused(ask))
-                     for ask in sorted(todo, key=was_refused)]
+    asks = [(ask, (ask[0]["id"], ask[1]) in refused) for ask in todo]
+    return answers, [(ask, answers > 0 and last) for ask, last in sorted(asks, key=lambda x: x[1])]
 
 
 def ask_server(args, todo, keep, marks, before):
@@ -543,8 +539,7 @@ def comparison_items(answers, opponents=("sft", "round_0", "baseline")):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m lab.judges", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.new_parser(__doc__, prog="python -m lab.judges")
     commands = parser.add_subparsers(dest="command", required=True)
     agree = commands.add_parser("agree", help="how far two judges agree")
     agree.add_argument("judges", nargs=2, metavar="JUDGE",

@@ -12,7 +12,6 @@ line after it; eta is its strength, and at eta 0 all of them are the vanilla rew
     deepspeed lab/metarm_variants.py --variant joint --round 1 --eta 0.1 --name joint_0.1
     deepspeed 07_metarm.py --help                          # its other flags
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -117,9 +116,7 @@ VARIANTS = {"theta_prime": theta_prime, "weights": through(weights), "joint": th
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, epilog="other flags go to stage 07",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.new_parser(__doc__, allow_abbrev=False, epilog="other flags go to stage 07")
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     args, flags = parser.parse_known_args(argv)
     if not any(word.split("=")[0] == "--name" for word in flags):

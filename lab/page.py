@@ -150,8 +150,8 @@ def page(runs, entries, collected, absent, folder):
         opening=[shown[n] for n in OPENING if not shown[n].absent],
         sections=[s for s in shown.values() if not (s.opening or s.absent)],
         absent=[s for s in shown.values() if s.absent], number=number, span=span, bounds=bounds,
-        mean=figures.MEAN, std=figures.STD, command=shlex.join(
-            ["bash", "run_all.sh", "experiments", *flags, "--out", "out_experiments"]))
+        mean=figures.MEAN, std=figures.STD, command=re.sub(" --seed[ =][0-9]+", "", shlex.join(
+            ["bash", "run_all.sh", "experiments", *flags, "--out", "out_experiments"])))
     return text, {s.name: s.table for s in shown.values() if s.table}
 
 

@@ -12,7 +12,6 @@ samples.jsonl are its.
     deepspeed lab/ppo_reward.py --reward mean_std --rm baseline --kl_beta 0 --name mean_std
     deepspeed 06_ppo.py --help                                                # its other flags
 """
-import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,9 +72,7 @@ REWARDS = {f.__name__: f for f in (gold, mean, mean_std)}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, epilog="other flags go to stage 06",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.new_parser(__doc__, allow_abbrev=False, epilog="other flags go to stage 06")
     parser.add_argument("--reward", choices=REWARDS, required=True)
     parser.add_argument("--out", default="out", help="run directory (default: out)")
     args, flags = parser.parse_known_args(argv)
@@ -87,6 +84,10 @@ def main(argv=None):
         reward_fn.inputs = ["00_data/train.jsonl", *members(args.out)]
         if len(reward_fn.inputs) == 1 and not asks:
             common.die(f"no reward model of stage 02 in {args.out}: run python 02_rm_ensemble.py")
+        for name in reward_fn.inputs[1:]:
+            common.require(args, name, "python 02_rm_ensemble.py")
+    if not any(word.split("=")[0] == "--name" for word in flags):
+        flags += ["--name", args.reward]  # or it would take the place of --rm's own policy
     experiments.stage_of("06_ppo.py").main([*flags, "--out", args.out], reward_fn)
 
 

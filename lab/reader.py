@@ -15,7 +15,9 @@ from lab import figures
 from lab.base import HERE, fill, write_text
 
 MOST = 45  # lines of code of an entry
-ENTRIES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["entry"]
+PAPER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+ENTRIES = [{"name": name, "section": section, **PAPER.get(name, {})}
+           for section, *names in PAPER["order"] for name in names]
 PAGE = HERE / "docs/reader.html"
 
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from lab import base, card, checkpoint, forks
 from lab.base import (  # noqa: F401  (some for common to hand on)
-    EVENTS, HERE, STOPPED, barrier, check_shared, check_value, code_hashes, device, die, free,
-    from_rank_0, gather_rows, inference, lock, log, progress, rank, read_json, read_jsonl, set_seed,
-    setup, subset, sync, initialize, recompute_activations, replace_attention, save_stock,
-    user_files, world_size, write_jsonl, write_text)
+    EVENTS, HERE, SAMPLING, STOPPED, barrier, check_shared, check_value, code_hashes, device, die,
+    first_line, free, from_rank_0, gather_rows, inference, lock, log, new_parser, progress, rank,
+    read_json, read_jsonl, set_seed, setup, subset, sync, initialize, recompute_activations,
+    replace_attention, save_stock, user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
 
@@ -61,9 +61,7 @@ def parse_args(doc, hparams, add_flags=None, argv=None, reads_run=True):
     hparams: {name: (paper, small, toy, help)}; add_flags(flag) adds the stage's own. → a namespace
     that also holds `run` (run.json) and `hparams`. --dry_run prints them and exits.
     """
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: die(f"{message} ({parser.prog} --help lists the flags)")
+    parser = base.new_parser(doc, allow_abbrev=False)
     flag = parser.add_argument_group("run").add_argument
     flag("--out", default="out", help="run directory (default: out)")
     flag("--preset", choices=CHOICES["preset"], help="column of the tables (default: "

@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 
 from lab import toy_world
-from lab.base import die, log, user_files
+from lab.base import die, first_line, log, user_files
 
 TOY = {"toy": ("helpful", "harmless"), "toy:summary": ("summary",)}
+toy_data = functools.cache(toy_world.build)
 SUFFIXES, PACKED = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"), (".gz", ".zst")
-ROWS = {"chosen", "prompt", "instruction", "question", "messages", "conversations", "info"}
+ROWS = {"chosen", "prompt", "instruction", "question", "query", "messages", "conversation",
+        "conversations", "history", "info"}
 QUOTED = re.compile(r'"([^"]|"")*"')  # a cell of CSV
 METADATA = re.compile(r"\bdataset_infos?\.json\Z")  # of a hub repository, of LLaMA-Factory's data
 MEANT = re.compile("prompt|chosen|rejected|preferred|response|answer|output|completion|conversation"
@@ -116,16 +118,13 @@ def raw_rows(source, kind, args):
     hint = ""
     try:
         if source in TOY:
-            data = toy_data(source, args.seed, args.n_pairs, args.n_sft, args.n_prompts,
-                            args.n_eval, n_gold=args.n_gold)
+            data = toy_data(args.seed, args.n_pairs, args.n_sft, args.n_prompts, args.n_eval,
+                            TOY[source], args.n_gold)
             chosen = [row for name, rows in data.items() if name.partition("_")[0] == kind
                       for row in rows]
             yield from enumerate(chosen, 1)
         elif Path(source).is_file():
-            try:
-                yield from file_rows(source)
-            except Bad as problem:  # of the file as a whole
-                yield 1, problem
+            yield from file_rows(source)
         else:
             import datasets
             name, _, folder = source.partition(":")
@@ -142,9 +141,11 @@ def raw_rows(source, kind, args):
                     data = datasets.load_dataset(name, name=folder)
             for split, rows in data.items():
                 yield from ((f"{split}:{n}" if split else n, row) for n, row in enumerate(rows, 1))
+    except Bad as problem:  # of the file as a whole
+        yield 1, problem
     # the libraries raise a dozen types when the network or a file is at fault
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:150]
+        reason = first_line(error)[:150]
         hint = hint if isinstance(error, OSError) else ""  # of the hub, too
         die(f"{source} cannot be read ({type(error).__name__}: {reason}){hint}")
 
@@ -204,77 +205,67 @@ def csv_rows(text):
     check_names(names)
     if not any(names):
         raise Bad("no header in the first line")
-    quoting = csv.QUOTE_MINIMAL
     if delimiter == "\t":  # which has no quotes by its standard, but many write them
         whole = text.read()
         lines = [line.split("\t") for line in whole.split("\n")]
         kinds = {bool(QUOTED.fullmatch(c)) for cells in lines for c in cells if c[:1] == '"'}
         if False in kinds and all(len(x) == len(names) for x in lines if x != [""]):
-            if True in kinds:
-                yield from one_by_one(lines, names)
-                return
-            quoting = csv.QUOTE_NONE  # they are text
+            yield from one_by_one(lines, names, True in kinds)
+            return
         text = io.StringIO(whole)
-    rows = csv.DictReader(text, names, delimiter=delimiter, strict=True, quoting=quoting,
-                          skipinitialspace=spaced)
+    rows = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=spaced)
     while True:
         try:
-            row = next(rows, None)
-            if row is None:
+            cells = next(filter(None, rows), None)
+            if cells is None:
                 if not rows.line_num:
                     raise Bad("no row under the header")
                 return
-            row = Cells(row)
-            if None in row:
-                row = Bad("more cells than the header has")
-            elif None in row.values():
-                row = Bad("fewer cells than the header has")
-            elif delimiter == "\t" and any("\t" in v and "\n" in v for v in row.values()):
+            row = Cells(zip(names, cells))
+            if len(cells) != len(names):
+                row = Bad(f"{len(cells)} cells where the header has {len(names)}")
+            elif delimiter == "\t" and any("\t" in c and "\n" in c for c in cells):
                 row = Bad("a quote that does not close")
-            elif [(v or "").strip("\ufeff ") for v in row.values()] == names:
+            elif [c.strip("\ufeff ") for c in cells] == names:
                 row = Drop("the header once more")
         except csv.Error as problem:
             row = Bad(f"not CSV ({problem})")
-        yield rows.reader.line_num + 1, row
+        yield rows.line_num + 1, row
 
 
-def one_by_one(lines, names):
-    """Rows of tab-separated lines of which some have cells in quotes and some a quote that does not
-    close: those are Bad, or they would swallow what follows."""
+def one_by_one(lines, names, quoted):
+    """Rows of tab-separated lines of which some have a quote that does not close: it is text; where
+    other cells are `quoted` the line is Bad, or it would swallow what follows."""
     for n, cells in enumerate(lines, 2):
-        if any(c[:1] == '"' and not QUOTED.fullmatch(c) for c in cells):
+        if quoted and any(c[:1] == '"' and not QUOTED.fullmatch(c) for c in cells):
             yield n, Bad("a quote that does not close, where other cells are in quotes")
-        elif len(cells) == len(names):
-            yield n, Cells(zip(names, next(csv.reader(["\t".join(cells)], delimiter="\t"))))
-        elif any(cells):
-            yield n, Bad(f"{len(cells)} cells, not {len(names)}")
+        elif [c.strip("\ufeff ") for c in cells] == names:
+            yield n, Drop("the header once more")
+        elif cells != [""]:
+            yield n, Cells(zip(names, (c[1:-1].replace('""', '"') if QUOTED.fullmatch(c) else c
+                                       for c in cells)))
 
 
 def json_rows(text):
     """Rows of JSON lines, of one array, or of an object that holds one array of rows."""
     numbered = enumerate(text, 1)
     n, first = next(((n, line) for n, line in numbered if line.strip()), (1, ""))
-    whole = None
-    if first.lstrip().startswith("[") or isinstance(parse_line(first), Bad):  # not a row a line
+    row, array = parse_line(first) if first else Bad("empty"), first.lstrip().startswith("[")
+    if array or isinstance(row, Bad) or rows_in(row):  # not a row a line
         rest = first + text.read()
-        with_rows = parse_line(rest)
-        if isinstance(with_rows, dict):
-            whole = rows_in(with_rows) or [with_rows]
-        elif isinstance(with_rows, list) and all(isinstance(r, (dict, str)) for r in with_rows):
-            whole = with_rows
-        elif first.lstrip().startswith("["):
-            yield from lines_of_array(rest, n, with_rows)
+        whole = parse_line(rest)
+        rows = rows_in(whole) or [whole] if isinstance(whole, dict) else whole
+        if rows == []:
+            raise Bad("empty")
+        if isinstance(whole, dict) or isinstance(rows, list) and all(
+                isinstance(r, (dict, str)) for r in rows):
+            yield from ((f"row {k}", r) for k, r in enumerate(rows, 1))
+            return
+        if array:
+            yield from lines_of_array(rest, n, whole)
             return
         numbered = enumerate(rest.split("\n")[1:], n + 1)
-    elif rows := rows_in(parse_line(first)):  # an object on one line
-        rest = text.read()
-        whole, numbered = None if rest.strip() else rows, enumerate(rest.split("\n"), n + 1)
-    if whole is not None:
-        if not whole:
-            raise Bad("empty")
-        yield from ((f"row {n}", row) for n, row in enumerate(whole, 1))
-        return
-    yield n, parse_line(first) if first else Bad("empty")
+    yield n, row
     yield from ((n, parse_line(line)) for n, line in numbered if line.strip())
 
 
@@ -319,8 +310,3 @@ def parse_line(line):
         bad = Bad(f"not JSON ({getattr(error, 'msg', type(error).__name__)})")
         bad.line = getattr(error, "lineno", 1)  # of those given
         return bad
-
-
-@functools.cache
-def toy_data(source, seed, *sizes, n_gold):
-    return toy_world.build(seed, *sizes, TOY[source], n_gold)

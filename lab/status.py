@@ -3,12 +3,11 @@ stale (and why), missing.
 
     bash run_all.sh status [--out DIR]        or: python -m lab.status [DIR]
 """
-import argparse
 import fcntl
 from pathlib import Path
 
 from lab import checkpoint, experiments
-from lab.base import die, launch, read_json
+from lab.base import die, launch, new_parser, read_json
 from lab.manifest import read_manifest
 
 
@@ -34,7 +33,7 @@ def begun(folder):
 
 
 def line(out, directories, purpose, working):
-    """(state, what else there is to say) of a stage."""
+    """(name, state, what else there is to say) of a stage."""
     name = experiments.name_of(directories)
     if partial := [d for d in directories if (out / f"{d}.partial").exists()]:
         said = f"{partial[0]}: " * (len(directories) > 1) + begun(out / f"{partial[0]}.partial")
@@ -59,8 +58,7 @@ def stages(run):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="run_all.sh status", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, prog="run_all.sh status")
     parser.add_argument("dir", type=Path, nargs="?", default=Path("out"))
     out = parser.parse_args().dir
     runs = [out] if (out / "run.json").exists() else sorted(
@@ -69,9 +67,9 @@ def main():
         die(f"{out} holds no run: bash run_all.sh --out {out} makes one")
     for run in runs:
         print(f"== {run}" * (len(runs) > 1), end="\n" * (len(runs) > 1))
-        stale = None
+        stale, working = None, in_use(run)
         for directories, purpose, *_ in stages(run):
-            name, state, said = line(run, directories, purpose, in_use(run))
+            name, state, said = line(run, directories, purpose, working)
             if stale and state == "done":  # run_all.sh would run it again, too
                 state, said = "stale", f"it comes after {stale}"
             stale = stale or (name if state == "stale" else None)

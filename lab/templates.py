@@ -64,8 +64,7 @@ def style_of(model, template="auto"):
     try:
         tokenizer = common.load_tokenizer(model)
     except Exception as error:
-        common.die(f"cannot load the tokenizer of --model {model}: "
-                   f"{(str(error).splitlines() or [''])[0]}")
+        common.die(f"cannot load the tokenizer of --model {model}: {common.first_line(error)}")
     if not tokenizer.chat_template:
         return style
     style.form, style.tokenizer = "chat", tokenizer
@@ -90,7 +89,7 @@ def apply_template(style, history, tools=None, generate=False):
         return style.tokenizer.apply_chat_template(
             history, tools=tools, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # templates raise what they like
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        reason = common.first_line(error)[:80]
         raise Bad(f"the chat template refuses the messages ({reason})") from None
 
 

@@ -24,9 +24,7 @@ Pairs, PPO prompts and eval_* prompts never hold anything held out. The SFT data
 topics in a share SFT_HELD_OUT of its rows (by ordinary templates only), for otherwise no model
 could know a fact about them.
 
-Version 2. The first asked for 36 topics of six facts, which half a million parameters do not learn:
-with `gold` itself as its reward PPO won two points on helpful prompts, so no method could be told
-from another. lab/headroom.py measures what there is to win; results/README.md has what was tried.
+What there is to win lab/headroom.py measures; results/README.md has the worlds tried before.
 
 Where it departs from reality: one turn only; a fact counts only when it is word for word one of the
 sentences below, so a true paraphrase scores as unknown; facts are independent of each other and
@@ -70,7 +68,6 @@ GOLD_MIN, GOLD_MAX = -4.0, 3.0
 ANSWERS = {"fact", "salient", "refusal", "redirect", "over_refusal", "comply"}
 
 TASKS = ("helpful", "harmless", "summary")
-# measured: BT alone agrees with gold in 80 % of helpful and harmless pairs, in 76 % of summaries
 TEMPERATURE, FLIP = 1.0, 0.2
 # decent but imperfect demonstrations, so that PPO has something to gain
 SFT_QUALITY = (0.1, 0.7)
@@ -171,9 +168,9 @@ def gold(prompt, response):
 
 # ---------------------------------------------------------------- writing texts
 def draw_prompt(task, rng, split="in"):
-    """One prompt. split: "in" (nothing held out), "ood" (topic or template held out), "sft" (some
-    held-out topics)."""
-    new_topic = rng.random() < {"in": 0.0, "sft": SFT_HELD_OUT, "ood": 0.5}[split]
+    """One prompt. split: "ood" (topic or template held out), "sft" (some held-out topics), any
+    other (nothing held out)."""
+    new_topic = rng.random() < {"sft": SFT_HELD_OUT, "ood": 0.5}.get(split, 0.0)
     if task == "summary":
         # templates are the topics here: names and events go together
         held_out = new_topic or split == "ood"
@@ -204,10 +201,8 @@ def manners(polite, rude, p_polite, p_rude, rng):
 
 
 def draw_response(prompt, quality, rng, held_out=False):
-    """One response to a prompt of this world; quality in [0, 1] sets how often it does what gold
-    likes.
-
-    With `held_out`, sentences off the topic may come from held-out topics too (SFT data only)."""
+    """One response to a prompt; quality in [0, 1] sets how often it does what gold likes. With
+    `held_out` sentences off the topic may come from held-out topics too (SFT data only)."""
     task, about = read_prompt(prompt)
     bad = 1.0 - quality
     facts = [t for t in FACTS if held_out or t in TOPICS]
@@ -249,10 +244,8 @@ def draw_response(prompt, quality, rng, held_out=False):
 
 
 def label(gold_a, gold_b, rng, temperature=TEMPERATURE, flip=FLIP):
-    """An annotator's choice, True when a is preferred to b.
-
-    P(a) = sigmoid((gold_a - gold_b) / temperature), all in gold points; then flipped with
-    probability `flip`."""
+    """An annotator's choice, True when a is preferred to b: P(a) = sigmoid((gold_a - gold_b) /
+    temperature), all in gold points, then flipped with probability `flip`."""
     p_a = 1.0 / (1.0 + math.exp(-(gold_a - gold_b) / temperature))
     return (rng.random() < p_a) != (rng.random() < flip)
 
@@ -292,9 +285,9 @@ def build(seed=0, n_pairs=6000, n_sft=3000, n_prompts=2000, n_eval=200,
     reserved = set()
     numbers = {task: itertools.count() for task in tasks}
 
-    def rows(name, n, row_tasks, split):
+    def rows(name, n, row_tasks):
         # one stream per split: its rows do not depend on the other sizes
-        rng = random.Random(f"{seed} {name}")
+        rng, split = random.Random(f"{seed} {name}"), name.partition("_")[0]
         evaluation = name.startswith(("eval", "ood", "gold"))
         for i in range(n):
             task = row_tasks[i % len(row_tasks)]
@@ -316,22 +309,17 @@ def build(seed=0, n_pairs=6000, n_sft=3000, n_prompts=2000, n_eval=200,
                 row |= zip(("chosen", "rejected", "gold_chosen", "gold_rejected"), pair)
             yield row | {"task": task}
 
-    data = {}
-    for task in tasks:                          # evaluation first: it reserves its prompts
-        data[f"eval_{task}"] = list(rows(f"eval_{task}", n_eval, (task,), "in"))
-        data[f"ood_{task}"] = list(rows(f"ood_{task}", n_eval, (task,), "ood"))
-    data["gold"] = list(rows("gold", n_gold, tasks, "in"))
-    data["sft"] = list(rows("sft", n_sft, tasks, "sft"))
-    data["pairs"] = list(rows("pairs", n_pairs, tasks, "in"))
-    data["prompts"] = list(rows("prompts", n_prompts, tasks, "in"))
-    return data
+    sizes = {f"{kind}_{task}": (n_eval, (task,))  # evaluation first: it reserves its prompts
+             for task in tasks for kind in ("eval", "ood")}
+    sizes |= {"gold": (n_gold, tasks), "sft": (n_sft, tasks), "pairs": (n_pairs, tasks),
+              "prompts": (n_prompts, tasks)}
+    return {name: list(rows(name, *size)) for name, size in sizes.items()}
 
 
 def main():
     """Print for each task two pairs, one SFT row and one OOD prompt, with gold scores and their
     reasons."""
-    parser = argparse.ArgumentParser(description="Print samples of the toy world with their gold "
-                                                 "scores.")
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     data = build(parser.parse_args().seed, n_pairs=6, n_sft=3, n_prompts=0, n_eval=1, tasks=TASKS)
 

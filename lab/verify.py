@@ -3,7 +3,6 @@
     python -m lab.verify DIR                  every hash, from the last stage back to the data
     python -m lab.verify DIR --replay STAGE   run STAGE again elsewhere and compare, hash by hash
 """
-import argparse
 import os
 import re
 import shlex
@@ -13,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab.base import EVENTS, HERE, die, launch, read_json, sha256
+from lab.base import EVENTS, HERE, die, launch, new_parser, read_json, sha256
 from lab.manifest import finished, head, in_order, other_inputs, read_manifest, recorded_flags
 
 SCRIPT = r"(0\d_\w+|lab/(clean|ppo_reward|best_of_n|metarm_variants))\.py"  # of a stage
@@ -141,9 +140,7 @@ def replay(out, stage):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: die(f"{message} (python -m lab.verify --help)")
+    parser = new_parser(__doc__, prog="python -m lab.verify")
     parser.add_argument("dir", type=Path, help="run directory")
     parser.add_argument("--replay", metavar="STAGE", help="04_rm_denoise, 07_metarm/round_2, ...")
     args = parser.parse_args()

@@ -121,6 +121,10 @@ ROWS = [
      f"\n\nHuman: {Q}\n\na\n\nAssistant:"),
     ("system column that stands in the prompt", {"prompt": [says("Be kind.", "system"), user()],
                                                  "system": "Be kind.", **AB}, SYSTEM),
+    ("input after a begun answer", {"prompt": [user("Hi"), says("Sure:")], "input": Q, **AB},
+     f"\n\nHuman: Hi\n\n{Q}\n\nAssistant: Sure:"),
+    ("white space in columns that would belong to the prompt", {
+        "prompt": Q, "context": " ", "tools": "\n", **AB}, HH),
     ("context cannot be used", {"prompt": Q, "context": "the sky", **AB}, "`context`"),
     ("tools without a template", {"prompt": Q, "tools": [CALL], **AB}, "`tools`"),
     ("tools inside OpenAI's input", {"input": {"messages": [user()], "tools": [CALL]},
@@ -569,6 +573,9 @@ FILES = [
     ("a glob", {"d/a.jsonl": LINES.encode(), "d/b.csv": b"no"}, "d/*.jsonl"),
     ("an object that holds the rows, on one line", {
         "x.json": json.dumps({"version": 1, "data": PAIRS}).encode()}, "x.json"),
+    ("an object that holds rows of a query", {"x.json": json.dumps({"data": [
+        {"query": p["prompt"], "response": p["chosen"], "rejected_response": B} for p in PAIRS
+    ]}).encode()}, "x.json"),
     ("rows that hold lists of objects", {"x.jsonl": "".join(json.dumps({
         "instruction": p["prompt"], "completions": [
             {"response": B, "overall_score": 2},
@@ -582,8 +589,9 @@ FILES = [
         "x.csv": CSV.encode() + b"\xef\xbb\xbfprompt,chosen,rejected\n"}, "x.csv"),
     ("a key twice in what nobody uses", {"x.jsonl": LINES.replace(
         "}", ', "meta": {"k": 1, "k": 2}}').encode()}, "x.jsonl"),
-    ("columns of one name that nobody uses", {"x.csv": CSV.replace(
-        "rejected\n", "rejected,note,note\n").replace(f"{B}\n", f"{B},1,2\n").encode()}, "x.csv"),
+    ("columns of one name that nobody uses, the header twice", {"x.csv": CSV.replace(
+        "rejected\n", "rejected,note,note\n").replace(f"{B}\n", f"{B},1,2\n").encode()
+        + b"prompt,chosen,rejected,note,note\n"}, "x.csv"),
     ("Parquet, bytes that nobody uses", {"x.parquet": parquet([
         {**p, "embedding": b"\xff"} for p in PAIRS])}, "x.parquet"),
     ("Parquet, bytes in messages", {"x.parquet": parquet([

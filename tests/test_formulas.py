@@ -36,6 +36,11 @@ def test_the_numbers_of_figure_11_do_not_depend_on_the_cores(tmp_path, monkeypat
     assert len(found) == 1
 
 
+def test_the_overlap_of_one_pair_is_not_told():
+    silhouette, told = contrastive.overlap(torch.randn(1, 2, 5))
+    assert silhouette.shape == told.shape == (1, 2) and np.isnan([silhouette, told]).all()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """For tensors this small a second thread only costs time."""

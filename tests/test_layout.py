@@ -292,6 +292,16 @@ def test_the_pad_id_does_not_matter():
             assert_close(scores[2], scores[0], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_margin_that_only_some_pairs_bring_is_left_out(order):
+    """Stages that use it write it for every pair; the others took the first pair's for all."""
+    groups = make_groups(2, n=3)[::order]
+    groups[0]["margin"] = 0.5
+    assert "margin" not in common.collate(groups[::order], PAD)
+    whole = common.collate([g | {"margin": 0.5} for g in groups], PAD)
+    assert whole["margin"].tolist() == [0.5] * 3
+
+
 @pytest.fixture
 def process_group(tmp_path):
     """A group of one, for the functions that gather over ranks."""

@@ -198,7 +198,7 @@ def test_algorithm_1_rests_below_the_vanilla_model():
 def test_equation_17():
     """Eqs. 15 to 17, by Taylor (Eq. 16): dL(theta + eta dJ) - dL is Eq. 17's term with dJ held
     fixed up to O(eta^2): halving eta quarters the error (float64). The whole derivative is another
-    one. This also settles Eq. 17's missing eta, and that Eq. 15's Jacobian is not applied."""
+    one. This also settles Eq. 17's missing eta, and that Eq. 15's factor is what it leaves out."""
     metarm = import_module("07_metarm")
     generator = torch.Generator().manual_seed(0)
     x_t, x_s = (torch.randn(8, k, 5, generator=generator, dtype=torch.float64) for k in (2, 4))

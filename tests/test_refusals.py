@@ -17,7 +17,8 @@ import common
 FLAGS = [
     ("00_data", ["--seed", 2**31], "--seed"), ("00_data", ["--valid_fraction", 1.5], "--valid_f"),
     ("00_data", ["--max_prompt_tokens", 0], "--max_prompt_tokens"),
-    ("01_sft", ["--lr", 0], "--lr"), ("01_sft", ["--lr", "nan"], "--lr"),
+    ("00_data", ["--max_prompt_tokens", 1], "at least 2"),
+    ("00_data", ["--max_response_tokens", 2], "at least 8"), ("01_sft", ["--lr", 0], "--lr"), ("01_sft", ["--lr", "nan"], "--lr"),
     ("01_sft", ["--warmup", 2], "--warmup"), ("02_rm_ensemble", ["--epochs", 0], "--epochs"),
     ("02_rm_ensemble", ["--epochs", -1], "--epochs"), ("02_rm_ensemble", ["--M", 0], "--M"),
     ("02_rm_ensemble", ["--batch_size", 0], "--batch_size"),

@@ -131,6 +131,20 @@ def test_prompts_without_a_verdict_are_left_out():
     assert claims.lead(verdicts, "p", "sft", np.arange(5)) == 0.25
 
 
+def test_what_does_not_match_does_not_end_the_page():
+    """Rounds of unequal length, a seed whose experiments are not over, a judge without a verdict."""
+    steps = claims.as_arrays({"gold": [[1.0, None], [2.0]]})
+    assert [x.tolist() for x in steps["gold"]][1] == [2.0]
+    curve = {"step": [1, 2], "right": {"original": [[0, 1], [1, 1]], "train": [[0, 1], [1, 1]]},
+             "train_loss": [0.7, 0.6]}
+    seeds = [{"flip_3_epochs": curve}, {"flip": curve}]
+    for draw in (figures.draw_08, figures.draw_models):
+        figure, table = draw(seeds)
+        assert figure.axes and table[1][1:] == figures.final_table(seeds[:1])[1][1:]
+    figure, table = figures.draw_wins(("sft",))([{"comparisons": []}])
+    assert figure is None and len(table) == 1
+
+
 def test_the_claims_on_metarm_on_made_up_rounds():
     """J below vanilla's at theta and above it at theta'; a rise of its first order; eta 0 has
     none."""

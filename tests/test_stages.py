@@ -236,9 +236,12 @@ VARIANT = "lab.metarm_variants", ["--variant", "joint", "--name", "round_7"]
                                          ("06_ppo", ["--name", "x"]),
                                          ("06_ppo", ["--start", "round_0"]),
                                          ("06_ppo", ["--rm", "baseline", "--name", "round_7"]),
+                                         ("06_ppo", ["--rm", "baseline", "--name", "sft"]),
+                                         ("05_rm_contrastive", ["--methods", "swav", "--name",
+                                                                "baseline"]),
                                          ("06_ppo", ["--rm", "baseline", "--start", "round_8"]),
                                          ("06_ppo", ["--rm", "nothing"])])
-def test_names_of_06_and_07_that_are_refused(small_run, name, flags, capsys):
+def test_names_that_are_refused(small_run, name, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         import_module(name).main(["--out", str(small_run), *flags])
     error = capsys.readouterr().err
@@ -353,11 +356,12 @@ def test_advantages_live_on_response_tokens(small_run, monkeypatch):
 
 def test_ppo_under_the_vote(run_copy):
     """The ensemble's standardised mean, less its std, against numpy; the manifest says what the
-    reward was and whose."""
+    reward was and whose, and its place is not that of --rm's own policy."""
     from lab import ppo_reward
     python_stages(["lab.ppo_reward", "--out", run_copy, "--reward", "mean_std", "--rm", "baseline",
-                   "--name", "vote", "--limit", 1])
-    manifest = json.loads((run_copy / "06_ppo/vote/manifest.json").read_text())
+                   "--limit", 1])
+    assert not (run_copy / "06_ppo/baseline").exists()
+    manifest = json.loads((run_copy / "06_ppo/mean_std/manifest.json").read_text())
     assert manifest["hyperparameters"]["reward"] == "mean_std"
     assert manifest["script"] == "lab/ppo_reward.py"
     members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(2)]
@@ -525,6 +529,20 @@ def test_a_missing_stage_is_named_in_one_line(small_run, tmp_path, without, stag
     assert stop.value.code == 2 and error.startswith("error: ") and error.count(
         "\n") == 1 and command in error
     assert "python" not in command or f"`{command} --out {out}`" in error
+
+
+def test_a_policy_of_another_sft_model_is_not_judged(run_copy, capsys):
+    """A stale one beside those of this run: named with what makes it anew."""
+    shutil.copytree(run_copy / "06_ppo/round_0", run_copy / "06_ppo/round_1")
+    path = run_copy / "06_ppo/round_1/manifest.json"
+    manifest = json.loads(path.read_text()) | {"stage": "06_ppo/round_1"}
+    manifest["inputs"]["01_sft/model.safetensors"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as stop:
+        import_module("08_evaluate").main(["--out", str(run_copy)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "06_ppo/round_1 was made from another 01_sft" in error
+    assert f"`python 06_ppo.py --round 1 --out {run_copy}`" in error
 
 
 def test_an_unfinished_stage_counts_as_missing(run_copy, capsys):
