@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import fcntl
+import functools
 import gc
 import hashlib
 import json
@@ -396,6 +397,7 @@ def user_files(path):
             and not any(part.startswith(".") for part in p.relative_to(path.parent).parts[1:])]
 
 
+@functools.cache  # once read, a file that is changed is not what runs
 def code_hashes(script):
     """{file: sha256} of a script and of the project's files that it imports, at any depth."""
     files, todo = {}, [script]
