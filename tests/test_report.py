@@ -132,7 +132,7 @@ def test_prompts_without_a_verdict_are_left_out():
 
 
 def test_what_does_not_match_does_not_end_the_page():
-    """Rounds of unequal length, a seed whose experiments are not over, a judge without a verdict."""
+    """Unequal rounds, a seed whose experiments are not over, a judge without a verdict."""
     steps = claims.as_arrays({"gold": [[1.0, None], [2.0]]})
     assert [x.tolist() for x in steps["gold"]][1] == [2.0]
     curve = {"step": [1, 2], "right": {"original": [[0, 1], [1, 1]], "train": [[0, 1], [1, 1]]},
