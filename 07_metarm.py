@@ -160,11 +160,11 @@ def ascend_and_return(rm, held, X_s, eta):
 def equation_17(L, J, theta, eta):
     """Eqs. 15 to 17: what the meta step adds to the gradient of L, and what Eq. 17 says it adds.
 
-    Eq. 15 writes the gradient at theta', which Algorithm 1 follows, by derivatives at theta: with a
-    factor (1 + eta J'')^-1, which Eq. 17 leaves out as a constant. By Taylor (Eq. 16) L(theta') = L
-    + eta dL . dJ + o(eta), hence Eq. 17: dL(theta') ~ d/dtheta [L + eta dL . dJ], with the eta that
+    Eq. 15 writes the gradient at theta', which Algorithm 1 follows, by d/dtheta instead of
+    d/dtheta': times (1 + eta J'')^-1, a constant to the paper. By Taylor (Eq. 16) L(theta') = L +
+    eta dL . dJ + o(eta), hence Eq. 17: dL(theta') ~ d/dtheta [L + eta dL . dJ], with the eta that
     the paper drops. To first order that is exact with dJ held fixed; the whole derivative has the
-    term eta J'' dL besides, which the factor would take off again.
+    term eta J'' dL besides, which Eq. 15's factor takes off again.
     L, J: functions without arguments → scalar, at the present theta; theta: list of tensors.
     → dL, dL(theta') - dL, and Eq. 17's term with dJ held fixed and whole: four flat vectors.
     """

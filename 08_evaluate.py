@@ -149,12 +149,12 @@ def main(argv=None):
     if args.name and not common.is_name(args.name):
         common.die(f"--name {args.name} cannot be part of a directory's name")
     data = common.require(args, "00_data", "python 00_data.py")
-    policies = {"sft": "01_sft", "round_0": "06_ppo/round_0"} | {
-        name.split("/")[1]: name for name in common.finished(args.out) if name[:7] == "06_ppo/"}
-    for policy, path in policies.items():
-        flag = policy.replace("round_", "round ") if "round_" in policy else f"name {policy}"
-        common.require(args, path, "python 01_sft.py" if policy == "sft" else
-                       f"python 06_ppo.py --{flag}")
+    common.require(args, "01_sft", "python 01_sft.py")
+    common.require(args, "06_ppo/round_0", "python 06_ppo.py --round 0")
+    names, stale = common.from_rank_0(lambda: common.current(args.out, "06_ppo"))
+    for name in stale:
+        common.log(f"{name} is not judged: it was made from other models or data than are here now")
+    policies = {"sft": "01_sft"} | {name.split("/")[1]: name for name in names}
     read = judges.choose(args, "gold" if args.run.get("world") == "toy" else "ensemble")
     common.setup(args)
     name = "08_evaluate" + (f"_{args.name}" if args.name else "")

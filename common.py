@@ -11,11 +11,11 @@ import random
 from functools import partial
 
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
-    SAMPLING, TRAINING, barrier, begin, device, die, finished, first_line, free, from_rank_0,
-    gather_rows, inference, initialize, is_name, launch, log, new_parser, parse_args, progress,
-    rank, read_json, read_jsonl, recompute_activations, replace_attention, require, save_checkpoint,
-    save_stock, set_seed, setup, side_by_side, subset, user_files, world_size, write_jsonl,
-    write_text)
+    SAMPLING, TRAINING, barrier, begin, current, device, die, finished, first_line, free,
+    from_rank_0, gather_rows, inference, initialize, is_name, launch, log, new_parser, parse_args,
+    progress, rank, read_json, read_jsonl, recompute_activations, replace_attention, require,
+    save_checkpoint, save_stock, set_seed, setup, side_by_side, subset, user_files, world_size,
+    write_jsonl, write_text)
 
 import numpy
 import torch

@@ -397,14 +397,17 @@ def user_files(path):
             and not any(part.startswith(".") for part in p.relative_to(path.parent).parts[1:])]
 
 
-@functools.cache  # once read, a file that is changed is not what runs
+code_hash = functools.cache(sha256)  # a file that is changed later is not what this process runs
+
+
+@functools.cache
 def code_hashes(script):
     """{file: sha256} of a script and of the project's files that it imports, at any depth."""
     files, todo = {}, [script]
     while todo:
         if (name := todo.pop()) in files or not (HERE / name).is_file():
             continue
-        files |= {str(p.relative_to(HERE)): sha256(p)  # and the data beside it
+        files |= {str(p.relative_to(HERE)): code_hash(p)  # and the data beside it
                   for p in (HERE / name).parent.glob(f"{Path(name).stem}.*") if p.is_file()}
         for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "stage_of":

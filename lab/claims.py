@@ -163,7 +163,7 @@ def tasks(d, kind="eval_"):
             yield task, t["best"][task], verdicts, t["unseen"][name]
 
 
-def last_round(verdicts, most=99):
+def last_round(verdicts, most=np.inf):
     return f"round_{min(most, max(int(policy[6:]) for policy in verdicts))}"
 
 

@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
 from lab import base_model, formats, judges, sources  # noqa: E402
 from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
-from lab.manifest import (  # noqa: E402
-    finished, other_inputs, read_manifest, recorded_flags)
+from lab.manifest import current, other_inputs, read_manifest, recorded_flags  # noqa: E402
 from lab.record import CHOICES, differences, promote  # noqa: E402
 
 METHODS = list(import_module("04_rm_denoise").METHODS)
@@ -129,8 +128,7 @@ def why(out, directories, command=""):
                 return f"was made with another --{flag}"
         if name == "08_evaluate":
             read = {path.rsplit("/", 1)[0] for path in manifest["inputs"]}
-            missed = [p for p in finished(out) if p.startswith("06_ppo/") and p not in read]
-            if missed:
+            if missed := [p for p in current(out, "06_ppo")[0] if p not in read]:
                 return f"has not judged {missed[0]}"
     return None
 
@@ -398,8 +396,8 @@ def work(args, data):
 
 
 def main():
-    parser = common.new_parser(__doc__, allow_abbrev=False, prog="bash run_all.sh",
-                               epilog="other flags go to 00_data.py")
+    parser = common.new_parser(__doc__, allow_abbrev=False, epilog="other flags go to 00_data.py")
+    parser.error = lambda message: die(f"{message} (bash run_all.sh --help lists the flags)")
     flag = parser.add_argument
     flag("--out", default="out", help="run directory, or directory of the runs (default: out)")
     flag("--plan", action="store_true", help="of the pipeline: what run_all.sh is to do")

@@ -233,7 +233,7 @@ def with_columns(row, base, style, names=()):
         if not name.startswith("system"):  # the material of an instruction
             asked = next((m for m in base[::-1] if m["role"] == "user"), base[-1])
             asked["content"] += f"\n\n{text}"
-            style.notes[f"prompts end in column `{name}`"] += 1
+            style.notes[f"prompts take in column `{name}`"] += 1
         elif any(m["role"] == "system" for m in base):
             raise Bad(f"column `{name}` beside another system turn")
         else:

@@ -548,6 +548,7 @@ def main(argv=None):
     sheet.add_argument("folder", help="directory of stage 03 or 08")
     sheet.add_argument("--n", type=int, default=100, help="items, drawn (100)")
     sheet.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    agree.error = sheet.error = parser.error
     args = parser.parse_args(argv)
     if args.command == "agree":
         a, b = map(verdicts_of, args.judges)

@@ -56,6 +56,15 @@ def other_inputs(out, manifest):
             if now[p] != value and not (os.path.isabs(p) and now[p] is None)]
 
 
+def current(out, folder):
+    """Names of a folder's finished stages that were made from what is here now, and of the others.
+    """
+    found = [name for name in finished(out) if name.startswith(f"{folder}/")]
+    stale = {name for name in found
+             if other_inputs(out, read_json(Path(out) / name / "manifest.json"))}
+    return [name for name in found if name not in stale], sorted(stale)
+
+
 def require(args, name, command):
     """Directory of a finished stage of this run; one line naming the command when it is not there,
     is not what its manifest says, or was made from other inputs than those that are here now."""

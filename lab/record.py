@@ -35,7 +35,7 @@ from lab.base import (  # noqa: F401  (some for common to hand on)
     read_json, read_jsonl, set_seed, setup, subset, sync, initialize, recompute_activations,
     replace_attention, save_stock, user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
-    canonical, digest_of, finished, hash_text, input_hashes, is_name, require)
+    canonical, current, digest_of, finished, hash_text, input_hashes, is_name, require)
 
 CHOICES = {"preset": ("paper", "small", "toy"), "zero": (0, 1, 2, 3),
            "precision": ("fp32", "bf16", "autocast"), "layout": ("auto", "shared", "separate"),

@@ -223,7 +223,7 @@ def csv_rows(text):
                 return
             row = Cells(zip(names, cells))
             if len(cells) != len(names):
-                row = Bad(f"{len(cells)} cells where the header has {len(names)}")
+                row = Bad(f"cells: {len(cells)}, in the header: {len(names)}")
             elif delimiter == "\t" and any("\t" in c and "\n" in c for c in cells):
                 row = Bad("a quote that does not close")
             elif [c.strip("\ufeff ") for c in cells] == names:
@@ -284,7 +284,7 @@ def lines_of_array(text, n, problem):
 
 def rows_in(thing):
     """The rows of an object that holds one list of them, or None."""
-    if not isinstance(thing, dict) or (ROWS - {"info"}) & thing.keys():
+    if not isinstance(thing, dict) or (ROWS - {"info"} | {"input"}) & thing.keys():
         return None
     lists = [v for v in thing.values() if isinstance(v, list)
              and v and isinstance(v[0], dict) and ROWS & v[0].keys()]

@@ -489,7 +489,7 @@ def test_columns_that_are_used_otherwise_than_a_user_may_think_are_told():
     formats.read_row({"prompt": [user(), says("Be rude.", "system")], **AB}, "pairs", style, "x")
     formats.read_row({"prompt": f"User: {Q}\nAI:", **AB}, "pairs", style, "x")
     assert sorted(style.notes) == [
-        "prompts end in column `query`",
+        "prompts take in column `query`",
         "rows have a `margin`, in whose place the strength of stage 03 is used",
         "rows hold marks of a turn or a template, kept as text",
         "rows whose `score_chosen` is not above their `score_rejected`",

@@ -198,7 +198,7 @@ def test_algorithm_1_rests_below_the_vanilla_model():
 def test_equation_17():
     """Eqs. 15 to 17, by Taylor (Eq. 16): dL(theta + eta dJ) - dL is Eq. 17's term with dJ held
     fixed up to O(eta^2): halving eta quarters the error (float64). The whole derivative is another
-    one. This also settles Eq. 17's missing eta, and that Eq. 15's factor is what it leaves out."""
+    one, which Eq. 15's factor mends. This also settles Eq. 17's missing eta."""
     metarm = import_module("07_metarm")
     generator = torch.Generator().manual_seed(0)
     x_t, x_s = (torch.randn(8, k, 5, generator=generator, dtype=torch.float64) for k in (2, 4))
@@ -209,14 +209,21 @@ def test_equation_17():
     def rewards(x):
         return torch.tanh(x @ theta[0]) @ theta[1]
 
-    errors = {"fixed": [], "whole": []}
+    def flat(scalar, **more):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(scalar, theta, **more)])
+    dJ = flat(metarm.difference_loss(rewards(x_s)), create_graph=True)
+    J2 = torch.stack([flat(g, retain_graph=True) for g in dJ])
+    errors = {"fixed": [], "whole": [], "factor": []}
     for i in range(5):
+        eta = 0.2 / 2 ** i
         dL, change, fixed, whole = metarm.equation_17(
             lambda: metarm.vanilla_loss(rewards(x_t)), lambda: metarm.difference_loss(rewards(x_s)),
-            theta, 0.2 / 2 ** i)
+            theta, eta)
+        right = torch.linalg.solve(torch.eye(len(J2), dtype=J2.dtype) + eta * J2, dL + whole)
+        errors["factor"].append((right - dL - change).norm().item())
         errors["fixed"].append((change - fixed).norm().item())
         errors["whole"].append((change - whole).norm().item())
     assert all(torch.equal(p, q) for p, q in zip(theta, before)) and dL.norm() > 1e-3
     ratios = {k: [a / b for a, b in zip(x, x[1:])][-2:] for k, x in errors.items()}
-    assert all(3.5 < r < 4.5 for r in ratios["fixed"]), ratios
+    assert all(3.5 < r < 4.5 for name in ("fixed", "factor") for r in ratios[name]), ratios
     assert all(1.8 < r < 2.2 for r in ratios["whole"]), ratios  # off to first order
