@@ -67,8 +67,6 @@ def pair_losses(rm, X):
 def derivatives(rm, X_t, X_s):
     """Derivative of each L_i of this rank's share along grad J / ||grad J||, from the losses before
     and after a small step of ascent: in fp32 only, bf16 does not see it."""
-    if rm.run.args.precision != "fp32":
-        common.die("the variant `weights` needs --precision fp32: its step is too small for bf16")
     before = pair_losses(rm, X_t)
     metarm.backward(rm, metarm.difference_loss, X_s)
     squares = [metarm.safe_get_full_grad(p).double().square().sum() for p in rm.engine.parameters()]
@@ -118,11 +116,13 @@ VARIANTS = {"theta_prime": theta_prime, "weights": through(weights), "joint": th
 def main(argv=None):
     parser = common.new_parser(__doc__, allow_abbrev=False, epilog="other flags go to stage 07")
     parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--name", help="name of the output directory (default: the variant's)")
+    parser.add_argument("--precision", help="stage 07's; weights takes fp32")
     args, flags = parser.parse_known_args(argv)
-    if not any(word.split("=")[0] == "--name" for word in flags):
-        flags += ["--name", args.variant]  # stage 07's own would be round_R
-    if args.variant == "weights" and not any(w.split("=")[0] == "--precision" for w in flags):
-        flags += ["--precision", "fp32"]
+    if args.variant == "weights" and args.precision not in (None, "fp32"):
+        common.die("the variant `weights` needs --precision fp32: its step is too small for bf16")
+    precision = "fp32" if args.variant == "weights" else args.precision
+    flags += ["--name", args.name or args.variant, *["--precision", precision] * bool(precision)]
     metarm.main(flags, VARIANTS[args.variant], args.variant)
 
 

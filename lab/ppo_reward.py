@@ -7,7 +7,7 @@
 
 Each model's rewards are first standardised by its mean and std over training pairs: reward models
 have neither a common scale nor a zero. The critic starts from --rm's, and the rewards of
-samples.jsonl are its. Without --name the policy has the reward's name.
+samples.jsonl are its.
 
     deepspeed lab/ppo_reward.py --reward mean_std --rm baseline --kl_beta 0 --name mean_std
     deepspeed 06_ppo.py --help                                                # its other flags
@@ -75,6 +75,7 @@ def main(argv=None):
     parser = common.new_parser(__doc__, allow_abbrev=False, epilog="other flags go to stage 06")
     parser.add_argument("--reward", choices=REWARDS, required=True)
     parser.add_argument("--rm", required=True, help="reward model that the critic starts from")
+    parser.add_argument("--name", help="name of the output directory (default: the reward's)")
     parser.add_argument("--out", default="out", help="run directory (default: out)")
     args, flags = parser.parse_known_args(argv)
     reward_fn, asks = REWARDS[args.reward], "--dry_run" in flags
@@ -87,9 +88,8 @@ def main(argv=None):
             common.die(f"no reward model of stage 02 in {args.out}: run python 02_rm_ensemble.py")
         for name in reward_fn.inputs[1:]:
             common.require(args, name, "python 02_rm_ensemble.py")
-    if not any(word.split("=")[0] == "--name" for word in flags):
-        flags += ["--name", args.reward]  # stage 06's own would be --rm's
-    experiments.stage_of("06_ppo.py").main([*flags, "--rm", args.rm, "--out", args.out], reward_fn)
+    flags += ["--rm", args.rm, "--name", args.name or args.reward, "--out", args.out]
+    experiments.stage_of("06_ppo.py").main(flags, reward_fn)
 
 
 if __name__ == "__main__":

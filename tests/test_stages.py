@@ -228,9 +228,10 @@ def test_a_name_for_two_methods_is_refused(small_run, name, capsys):
 
 
 VARIANT = "lab.metarm_variants", ["--variant", "joint", "--name", "round_7"]
+WEIGHTS = "lab.metarm_variants", ["--variant", "weights", "--precision", "autocast"]
 
 
-@pytest.mark.parametrize("name, flags", [VARIANT,
+@pytest.mark.parametrize("name, flags", [VARIANT, WEIGHTS,
                                          ("07_metarm", ["--name", "round_7"]),
                                          ("07_metarm", ["--name", "../x"]),
                                          ("06_ppo", ["--name", "x"]),
