@@ -13,7 +13,7 @@ model (lab/judges.py: model:PATH_OR_ID, http://HOST/v1) labels the validation pa
 in the paper: `judge_label` 1 agrees, 0 disagrees, -1 is a tie or no verdict.
 
 Departures from the paper: (1) pairs that are equal after truncation have no preference and are
-dropped, counted (by 04 to 07, where the data bring scores); (2) Figure 3's groups are of 500
+dropped, counted (by 04, 05 and 07 where the data bring scores); (2) Figure 3's groups are of 500
 validation pairs as the paper's, smaller when the set is small (--group_size); (3) where the models
 of stage 02 left folds out (--folds, ours), M of Eq. 4 is, for a training pair, the number of those
 that did not train on it.
