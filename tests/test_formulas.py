@@ -83,6 +83,16 @@ def test_preference_strength_of_one_model_has_no_spread():
     assert mu_hat.tolist() == [1.5, -2.0] and sigma_hat.tolist() == [0.0, 0.0]
 
 
+def test_scores_are_written_with_four_decimals():
+    """Rounded in fp32, 0.12345 became 0.12349999696016312 in the file."""
+    scores = normal(3, 2, 50, scale=3.0).tolist()
+    rows = strength.annotate(None, [{"chosen_score_list": scores[0],
+                                     "rejected_score_list": scores[1]}], None, None)
+    for side in ("chosen", "rejected"):
+        written = rows[0][f"{side}_score_list"]
+        assert written == [round(x, 4) for x in written] and len(written) == 50
+
+
 @pytest.mark.parametrize("n, count", [(100, 20), (103, 20), (5, 20), (1, 3)])
 def test_by_strength_cuts_an_ascending_partition(n, count):
     rows = [{"id": i, strength.MEAN: x} for i, x in enumerate(normal(0, n).tolist())]
