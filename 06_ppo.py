@@ -29,14 +29,14 @@ from lab import judges
 
 HPARAMS = {
     # name: (paper, small, toy, help)
-    "iterations": (2000, 50, 90, "roll-out steps"),
+    "iterations": (2000, 30, 90, "roll-out steps"),
     "batch_size": (32, 16, 16, "prompts per roll-out step, global"),
     "rollouts": (16, 4, 4, "K, responses per prompt (paper: of its follow-up; B.2 says 4)"),
     "ppo_epochs": (1, 1, 1, "passes over each step's roll-outs"),
     "minibatch_size": (32, 8, 8, "prompts per optimiser step, global"),
     "micro_batch_size": (1, 1, 8, "prompts (with their roll-outs) per process and forward pass"),
-    "actor_lr": (5e-7, 1e-6, 3e-4, "learning rate of the policy"),
-    "critic_lr": (1.5e-6, 5e-6, 1e-3, "learning rate of the critic"),
+    "actor_lr": (5e-7, 1e-5, 3e-4, "learning rate of the policy"),
+    "critic_lr": (1.5e-6, 3e-5, 1e-3, "learning rate of the critic"),
     "warmup": (0.0, 0.0, 0.0, "share of the steps with rising learning rate"),
     "kl_beta": (0.05, 0.05, 0.05, "weight of the per-token KL penalty; 0 turns it off"),
     "reward_clip": (0.8, 0.8, 0.8, "standardised scores are clipped at +- this"),

@@ -11,7 +11,7 @@ import random
 from functools import partial
 
 from lab.record import (  # noqa: F401  (first: it sets the environment; a stage sees one module)
-    SAMPLING, TRAINING, barrier, begin, current, device, die, finished, first_line, free,
+    SAMPLING, TRAINING, barrier, begin, current, device, die, finished, finite, first_line, free,
     from_rank_0, gather_rows, inference, initialize, is_name, launch, log, new_parser, parse_args,
     progress, rank, read_json, read_jsonl, recompute_activations, replace_attention, require,
     save_checkpoint, save_stock, set_seed, setup, side_by_side, subset, user_files, world_size,
@@ -357,7 +357,7 @@ def choose_layout(args, forward, groups):
     try:
         with inference(args):
             shared, separate = (forward(collate(few, 0, x)) for x in ("shared", "separate"))
-        difference = ((shared - separate).abs() / separate.abs().clamp(min=1)).max().item()
+        difference = ((shared - finite(separate)).abs() / separate.abs().clamp(min=1)).max().item()
         if difference <= tolerance:
             return "shared"
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -384,7 +384,8 @@ def score(model, groups, args, layout, pad_id, features=False):
             mine += zip(share, zip(r.tolist(), h.tolist() if features else share))
     model.train(was_training)
     rewards, h = zip(*gather_rows(mine))
-    return (torch.tensor(rewards), torch.tensor(h)) if features else torch.tensor(rewards)
+    rewards = finite(torch.tensor(rewards))
+    return (rewards, torch.tensor(h)) if features else rewards
 
 
 def score_by(path, groups, args, tokenizer, features=False):

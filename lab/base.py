@@ -212,6 +212,14 @@ def die(message):
     sys.exit(2)
 
 
+def finite(values):
+    """The tensor `values` of a model, or an error where one is no number."""
+    if bad := int((~torch.isfinite(values)).sum()):
+        die(f"{bad} of {values.numel()} values of the model are not finite; if bf16 is to blame, "
+            "--precision fp32 mends it")
+    return values
+
+
 def first_line(error):
     """Of an exception's message; where it has none, its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

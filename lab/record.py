@@ -31,9 +31,9 @@ from tqdm import tqdm
 from lab import base, card, checkpoint, forks
 from lab.base import (  # noqa: F401  (some for common to hand on)
     EVENTS, HERE, SAMPLING, STOPPED, barrier, check_shared, check_value, code_hashes, device, die,
-    first_line, free, from_rank_0, gather_rows, inference, lock, log, new_parser, progress, rank,
-    read_json, read_jsonl, set_seed, setup, subset, sync, initialize, recompute_activations,
-    replace_attention, save_stock, user_files, world_size, write_jsonl, write_text)
+    finite, first_line, free, from_rank_0, gather_rows, inference, initialize, lock, log,
+    new_parser, progress, rank, read_json, read_jsonl, recompute_activations, replace_attention,
+    save_stock, set_seed, setup, subset, sync, user_files, world_size, write_jsonl, write_text)
 from lab.manifest import (  # noqa: F401
     canonical, current, digest_of, finished, hash_text, input_hashes, is_name, require)
 

@@ -4,6 +4,7 @@ models are stock checkpoints.
 The reference is the stock model on one unpadded row [prompt | response] at a time, which needs
 neither a mask nor an index. Models are tiny and random, with weights large enough that attention
 and position matter."""
+import math
 import random
 from importlib import import_module
 from types import SimpleNamespace
@@ -233,6 +234,27 @@ def test_log_probabilities_in_the_fallback(name):
         logps = common.token_logps(common.response_logits(policy, batch),
                                    batch["response_ids"]) * batch["mask"]
         assert_close(logps, stock_logps(policy, groups, logps.shape[-1]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_rewards_that_are_no_numbers_are_an_error(broken, capsys):
+    """Not a tie, not the reason for another layout: in the probe, and later on a long row only."""
+    model, groups = make("gpt2", AutoModelForSequenceClassification), make_groups(2)
+    reward_model = common.RewardModel(model)
+    with torch.no_grad():
+        longest = {g["id"]: len(g["prompt"]) + max(map(len, g["responses"])) for g in groups}
+        place = max(longest.values()) - 1
+        model.transformer.wpe.weight[place] = broken
+    for call in (
+            lambda: common.choose_layout(ARGS, lambda batch: reward_model(batch)[0], groups),
+            lambda: common.score(reward_model, groups, ARGS, "separate", PAD),
+            lambda: common.score(reward_model, groups, ARGS, "shared", PAD)):
+        with pytest.raises(SystemExit) as stop:
+            call()
+        assert stop.value.code == 2
+        assert "of the model are not finite" in capsys.readouterr().err
+    few = [g for g in groups if longest[g["id"]] <= place]
+    assert len(few) > 1 and common.score(reward_model, few, ARGS, "shared", PAD).isfinite().all()
 
 
 def test_the_probe_looks_at_the_longest_rows(monkeypatch):

@@ -2,7 +2,8 @@
 tables of results/README.md are those of the record.
 
 `python tests/test_readme.py [out]` writes the map and the tables anew, after recording the finished
-experiments of `out` in results/toy/, or the run on HH-RLHF that it is in results/hh_smollm2/.
+experiments of `out` in results/toy/, or the run on HH-RLHF that it is in results/hh_smollm2/, or in
+results/hh_smollm2_rounds/ where it has a round of MetaRM.
 """
 import json
 import re
@@ -19,6 +20,7 @@ from lab.manifest import finished, in_order  # noqa: E402
 
 README, RECORD = ROOT / "README.md", ROOT / "results/README.md"
 TOY, HH = ROOT / "results/toy", ROOT / "results/hh_smollm2"
+ROUNDS = ROOT / "results/hh_smollm2_rounds"
 DRAWN = "lab/figures.toml"
 # label: (file, text of the line, what); Figure 18 has no line
 MAP = {e["name"]: (*e["at"], e["what"]) if "at" in e else (None, None, e["what"])
@@ -50,23 +52,24 @@ def recorded(name, folder=TOY):
 
 
 def ledger():
-    """The verdict on each claim, and what one run on real data has measured of it."""
+    """The verdict on each claim, and what a run on real data has measured of it."""
     def measured(e):
         return f"{page.number(e['mean'])} ({page.span(e)})" if "values" in e else ""
-    real = {e["id"]: measured(e) for e in recorded("ledger", HH)["claims"]}
+    real = {e["id"]: measured(e) for folder in (ROUNDS, HH)  # where both have it, the first run's
+            for e in recorded("ledger", folder)["claims"] if measured(e)}
     n = recorded("metrics", HH)["out_hh"]["00_data"]["rows"]["train"]
     rows = [["claim", "", "verdict", "measured, 95 % interval", "holds if",
              f"HH-RLHF, SmolLM2-135M, n = {n:,}"]]
     rows += [[e["id"], e["claim"], f"**{e['verdict']}**",
               f"{e['quantity']}: {measured(e)}".replace("|", "\\|"), page.bounds(e["criterion"]),
-              real[e["id"]]] for e in recorded("ledger")["claims"]]
+              real.get(e["id"], "")] for e in recorded("ledger")["claims"]]
     return markdown(rows)
 
 
 def runs():
     """What made the record."""
     lines = ["Heads as `run_all.sh verify` prints them."]
-    for folder in (TOY, HH):
+    for folder in (TOY, HH, ROUNDS):
         commits = ", ".join(c[:7] for c in recorded("metrics", folder)["git_commits"])
         lines += ["", f"Commits {commits}, commands in `results/{folder.name}/commands.txt`:", "",
                   *(f"- {run[0]}: {run[-3]} minutes of stages, {run[-2]}; head `{run[-1]}`"
@@ -151,8 +154,9 @@ def test_commands_are_taken_by_their_scripts(tmp_path):
 def record(out):
     """results/ from a finished run or experiments, and their report; no text, no weights."""
     runs = [path.parent for path in sorted(out.glob("*/run.json"))]
-    folder, runs = (TOY, runs) if runs else (HH, [out])
-    if folder == HH:
+    rounds = (out / "07_metarm").is_dir()
+    folder, runs = (TOY, runs) if runs else (ROUNDS if rounds else HH, [out])
+    if folder != TOY:
         assert "hh_harmless" in (out / "run.json").read_text(), f"{out} is no run on HH-RLHF"
     assert (out / "09_report/ledger.json").exists(), f"{out} has no report"
     shutil.rmtree(folder, ignore_errors=True)
@@ -173,7 +177,7 @@ def record(out):
         for name in in_order(stages):
             words = [w for w in shlex.split(stages[name]["command"])
                      if not w.startswith("--local_rank")]
-            words[words.index("--out") + 1] = run if folder == HH else f"out/{run}"
+            words[words.index("--out") + 1] = f"out/{run}" if folder == TOY else run
             lines.append(shlex.join(["deepspeed", *words]) + "\n")
     (folder / "commands.txt").write_text("".join(dict.fromkeys(lines)))
     if folder == HH:  # for whoever has the pairs
