@@ -111,6 +111,7 @@ def perplexity(model, groups, args, collate):
             mine.append((start + common.rank(), (total, count) if share else (0.0, 0)))
     model.train()
     totals, counts = zip(*common.gather_rows(mine))
+    common.finite(totals)
     return math.exp(sum(totals) / sum(counts))
 
 

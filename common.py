@@ -384,7 +384,7 @@ def score(model, groups, args, layout, pad_id, features=False):
             mine += zip(share, zip(r.tolist(), h.tolist() if features else share))
     model.train(was_training)
     rewards, h = zip(*gather_rows(mine))
-    rewards = finite(torch.tensor(rewards))
+    rewards = finite(rewards)
     return (rewards, torch.tensor(h)) if features else rewards
 
 

@@ -213,10 +213,11 @@ def die(message):
 
 
 def finite(values):
-    """The tensor `values` of a model, or an error where one is no number."""
+    """The values of a model as a tensor, or an error where one is no number."""
+    values = torch.as_tensor(values)
     if bad := int((~torch.isfinite(values)).sum()):
-        die(f"{bad} of {values.numel()} values of the model are not finite; if bf16 is to blame, "
-            "--precision fp32 mends it")
+        die(f"{bad} of {values.numel()} values of the model are not finite: its weights are not, "
+            "or its numbers are too large for bf16 (--precision fp32)")
     return values
 
 

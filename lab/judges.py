@@ -445,7 +445,7 @@ def ask_model(args, todo, keep, marks):
             mine = [(i, (x[options].tolist(), len(ids)))
                     for (i, _), x, (ids, options) in zip(share, logps, encoded)]
             for ask, (x, tokens) in zip(chunk, common.gather_rows(mine)):
-                verdict = "ABC"[int(np.argmax(x))] if tokens < longest else "none"
+                verdict = "ABC"[int(common.finite(x).argmax())] if tokens < longest else "none"
                 if common.rank() == 0:
                     keep(ask, " ".join(f"{v} {p:.4f}" for v, p in zip("ABC", x)), verdict, tokens)
 

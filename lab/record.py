@@ -131,8 +131,7 @@ def begin(args, name, inputs=(), keep=False, script=None):
     stage = Stage(args, name, script or f"{name.split('/')[0]}.py")
     stage.settings, stage.checkpoint = from_rank_0(
         lambda: stage.open(inputs, keep and not args.restart))
-    if world_size() > 1:
-        check_shared(stage.out)
+    world_size() > 1 and check_shared(stage.out)
     if stage.settings is None:
         return None
     if stage.checkpoint:
@@ -197,20 +196,10 @@ class Stage:
             checkpoint.load(self)
         todo = range(self.done + 1, self.total + 1)
         for step in progress(todo, self.name, self.total, self.done):
-            self.noted = {}
-            yield step, batches[step - 1]
-            bad = [f"{name} {float(x)}" for name, numbers in self.noted.items() for x in numbers
-                   if not math.isfinite(x)]
-            bad, signals = zip(*gather_rows([(rank(), (bad, list(asked_to_stop)))]))
-            if bad := sum(bad, []):
-                path, batch = self.dir / "bad_batch.jsonl", batches[step - 1]
-                groups = sum(batch, []) if isinstance(batch, tuple) else batch  # 07 has two sets
-                if rank() == 0:
-                    write_jsonl(path, [{"step": step, "ids": [g["id"] for g in groups],
-                                        "bad": bad}])
-                die(f"{self.name} step {step}: {', '.join(bad)} is not finite; the step's ids are "
-                    f"in {path}, the last checkpoint is kept")
-            signals = sorted(set(sum(signals, [])))
+            self.noted, self.batch = {}, batches[step - 1]
+            yield step, self.batch
+            self.check(step)
+            signals = sorted(set(sum(gather_rows([(rank(), list(asked_to_stop))]), [])))
             if step < self.total and (signals or step % self.args.save_every == 0):
                 checkpoint.save(self, step)
             if signals and step < self.total:
@@ -226,10 +215,23 @@ class Stage:
                 value = value.detach() if torch.is_tensor(value) else value
                 self.noted.setdefault(name, []).append(value)
 
+    def check(self, step):
+        """Stop where a noted number of the step is not finite, and keep the ids of its rows."""
+        bad = [f"{name} {float(x)}" for name, numbers in self.noted.items() for x in numbers
+               if not math.isfinite(x)]
+        if bad := sum(gather_rows([(rank(), bad)]), []):
+            path = self.dir / "bad_batch.jsonl"
+            groups = sum(self.batch, []) if isinstance(self.batch, tuple) else self.batch  # of 07
+            if rank() == 0:
+                write_jsonl(path, [{"step": step, "ids": [g["id"] for g in groups], "bad": bad}])
+            die(f"{self.name} step {step}: {', '.join(bad)} is not finite; the step's ids are "
+                f"in {path}, the last checkpoint is kept")
+
     def due(self, step):
         """Whether to evaluate after a step: each --eval_every-th, and the last of each epoch."""
         epoch = [int(getattr(self.args, "epochs", 1) * s / self.total) for s in (step - 1, step)]
-        return step % self.args.eval_every == 0 or step == self.total or epoch[0] < epoch[1]
+        due = step % self.args.eval_every == 0 or step == self.total or epoch[0] < epoch[1]
+        return due and not self.check(step)  # before a broken model is evaluated
 
     def log(self, step, quiet=False, **values):
         """A line of metrics.jsonl, printed unless `quiet`: the values, and the step's noted numbers

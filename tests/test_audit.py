@@ -253,7 +253,8 @@ def poisoned(*args):
     calls.append(1)
     return loss(*args) * (float("nan") if len(calls) == 4 else 1)
 denoise.preference_loss = poisoned
-print("CODE", go("04_rm_denoise", "--methods", "margin", "--limit", "10", "--save_every", "3"))
+print("CODE", go("04_rm_denoise", "--methods", "margin", "--limit", "10", "--save_every", "3",
+                 "--eval_every", "4"))  # the model of that step is not evaluated
 """, run_copy)
     partial = run_copy / "04_rm_denoise/margin.partial"
     lines = [x for x in done.stdout.splitlines() if x.startswith("error: ")]

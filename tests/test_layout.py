@@ -253,6 +253,8 @@ def test_rewards_that_are_no_numbers_are_an_error(broken, capsys):
             call()
         assert stop.value.code == 2
         assert "of the model are not finite" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        common.finite(torch.tensor([1.0, -broken]))
     few = [g for g in groups if longest[g["id"]] <= place]
     assert len(few) > 1 and common.score(reward_model, few, ARGS, "shared", PAD).isfinite().all()
 

@@ -169,7 +169,7 @@ def record(out):
                             for name in finished(run)} for run in runs}
     commits = sorted({m["git_commit"] for stages in manifests.values() for m in stages.values()})
     (folder / "metrics.json").write_text(json.dumps({
-        "git_commits": commits, "packages": manifests[runs[0].name]["00_data"]["packages"],
+        "git_commits": commits, "packages": manifests[runs[0].name]["01_sft"]["packages"],
         **{run: {name: m["metrics"] for name, m in stages.items()}
            for run, stages in manifests.items()}}, indent=1) + "\n")
     lines = []
