@@ -370,7 +370,7 @@ def choose_layout(args, forward, groups):
 
 def score(model, groups, args, layout, pad_id, features=False):
     """Rewards [N, K] (fp32, CPU) of all groups under a reward model or its engine, ranks sharing
-    the work; with `features` also the features [N, K, H] that they are read from."""
+    the work; with `features` also the features [N, K, H] that they are read from. Stops at NaN."""
     was_training, mine = model.training, []
     model.eval()
     order = sorted(range(len(groups)), key=lambda i: group_length(groups[i]))

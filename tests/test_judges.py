@@ -450,6 +450,19 @@ def test_a_local_model_s_verdict_is_its_likeliest_letter(run_copy, chat_model):
     assert {(r["id"], r["order"]): r["verdict"] for r in again} == before
 
 
+def test_a_local_model_of_no_numbers_gives_no_verdict(small_run, chat_model, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    model.lm_head.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(tmp_path / "broken")
+    run = run_of(small_run, tmp_path, f"model:{tmp_path}/broken", judge_model=None, zero=0,
+                 precision="fp32", eval_batch_size=2)
+    with pytest.raises(SystemExit):
+        judges.compare(run, items(3))
+    assert "3 of 3 values of the model are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "verdicts.jsonl").exists()
+
+
 def test_people_s_sheet_is_read_as_it_was_written(run_copy, tmp_path, capsys):
     """Items in the judge's own order; people who prefer the longer agree with a judge who does."""
     import csv

@@ -186,3 +186,7 @@ def test_what_cannot_be_saved_fails_before_it_is_trained_and_harm_is_told(run_co
     harmed = "sft.perplexity = lambda *args: next(values)"
     done = run(sys.executable, "-c", PATCHED.format(harmed, str(run_copy)))
     assert "warning: perplexity 21.0 on held-out responses, more than twice the 10.0" in done.stdout
+    broken = ("nll, calls = sft.nll, iter('12')\n"  # after the probe of the layout
+              "sft.nll = lambda *args: nll(*args) * (1 if next(calls, 0) else float('nan'))")
+    done = run(sys.executable, "-c", PATCHED.format(broken, str(run_copy)), check=False)
+    assert done.returncode == 2 and "values of the model are not finite" in done.stdout
