@@ -3,23 +3,26 @@
     python bench/pipeline.py                  all of `bash run_all.sh`, one process on a CPU
     python bench/pipeline.py --limit 4        any flag of run_all.sh's pipeline
 
-Each stage runs as it is, in a process of its own, with a clock around the functions that do one
-kind of work (KINDS below); time inside sampling and evaluation counts as that, whatever they call.
-start: until Python runs the stage's first line; import; exit: after the stage has returned; other:
-what no clock is around. overhead: all but forward, backward, step, sampling and evaluation.
+Each stage runs as it is, a fork as `lab/driver.py` makes it, with a clock around the functions that
+do one kind of work (KINDS below); time inside sampling and evaluation counts as that, whatever they
+call. driver: until the first stage begins, with what all stages import. exit: after a stage has
+returned; other: what no clock is around. overhead: all but forward, backward, step, sampling and
+evaluation.
 Where models are trained side by side, seconds are the mean over those processes, one that is done
 before the others waits under other.
 """
-import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 BEGIN = time.time()
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import shlex  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from importlib import import_module  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 HERE = Path(__file__).resolve().parents[1]
 KINDS = {
     "data": ["common.read_jsonl", "common.write_jsonl", "common.encode", "common.batches"],
@@ -35,7 +38,7 @@ KINDS = {
     "saving": ["common.save_model", "lab.checkpoint.save", "common.free"],
     "hashing": ["lab.base.sha256", "lab.base.sync", "lab.base.code_hashes"]}
 WORK = {"forward", "backward", "step", "sampling", "evaluation"}
-COLUMNS = ["stage", "seconds", "start", "import", *KINDS, "other", "exit", "overhead"]
+COLUMNS = ["stage", "seconds", "import", *KINDS, "other", "exit", "overhead"]
 
 
 class Clock:
@@ -94,17 +97,9 @@ class Clock:
 
 def run_stage(script, argv, out):
     """One stage in this process, its times in the file `out`."""
-    clock = Clock()
-    clock.spent["start"] = BEGIN - float(os.environ["BENCH_BEGIN"])
-    clock.last = BEGIN
-    sys.path.insert(0, str(HERE))
-    sys.argv = [str(HERE / script), *argv]
-    from importlib import import_module
-
     import common
+    clock, sys.argv = Clock(), [str(HERE / script), *argv]
     stage = import_module(script.removesuffix(".py"))
-    import lab.checkpoint
-    import lab.judges  # noqa: F401
     ours = [m for name, m in list(sys.modules.items())
             if name == "common" or name.startswith("lab.") or m is stage]
     for kind, names in KINDS.items():
@@ -136,19 +131,30 @@ def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--report", help="file of the results (bench/pipeline.json)")
     args, more = flags.parse_known_args()
-    rows = []
+    from lab import driver, experiments
+    leave = os._exit  # a clock takes it in a stage
     with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/out"
-        plan = subprocess.run([sys.executable, HERE / "lab/experiments.py", "--plan", "--out", out,
-                               *more], check=True, capture_output=True, text=True).stdout
-        for line in plan.splitlines():
-            do, name, _, _, command = line.split("\t")
-            if do != "run":
-                continue
+        planned, data = experiments.parse(["--plan", "--out", f"{folder}/out", *more])
+        begin = time.time()
+        plan = [row[1::3] for row in experiments.plan(planned, data) if row[0] == "run"]
+        other = time.time() - begin
+        driver.warm("00_data.py")
+        seconds = time.time() - BEGIN
+        rows = [{"stage": "driver", "seconds": seconds, "import": seconds - other, "other": other,
+                 "overhead": 1}]
+        for name, command in plan:
             times, begin = f"{folder}/times.json", time.time()
-            subprocess.run([sys.executable, __file__, "--stage", times, *command.split()],
-                           check=True, stdout=subprocess.DEVNULL,
-                           env={**os.environ, "BENCH_BEGIN": repr(begin), "PYTHONPATH": str(HERE)})
+            if not (child := os.fork()):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                script, *argv = shlex.split(command)
+                code = 1
+                try:
+                    run_stage(script, argv, times)
+                    code = 0
+                finally:
+                    leave(code)
+            if os.waitpid(child, 0)[1]:
+                sys.exit(f"{name} failed")
             end, found = time.time(), json.loads(Path(times).read_text())
             found["exit"] = end - found.pop("end")
             row = {"stage": name, "seconds": end - begin, **found}
@@ -161,7 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--stage"]:
-        run_stage(sys.argv[3], sys.argv[4:], sys.argv[2])
-    else:
-        main()
+    main()

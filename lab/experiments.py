@@ -1,7 +1,7 @@
 """The pipeline's stages in order, every experiment of the paper on top of them, and what works
 through both. Each line is a command that can be given by hand, with `--out DIR` behind it.
 
-    bash run_all.sh                                    the pipeline, which asks `plan` what is to do
+    bash run_all.sh                                    the pipeline: lab/driver.py runs `plan`
     bash run_all.sh experiments --seeds 5              every experiment, then 09_report.py
     python lab/experiments.py --dry_run                print the experiments' commands
 
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
 from lab import base_model, formats, judges, sources  # noqa: E402
-from lab.base import die, from_rank_0, lock, log, rank  # noqa: E402
+from lab.base import die, from_rank_0, lock, locks, log, rank  # noqa: E402
 from lab.manifest import current, other_inputs, read_manifest, recorded_flags  # noqa: E402
 from lab.record import CHOICES, differences, promote  # noqa: E402
 
@@ -176,9 +176,8 @@ def show_resolved(command, preset):
 
 
 def plan(args, flags):
-    """Print a line for each stage of the run that run_all.sh is asked for: run or skip, its name,
-    minutes expected, purpose and command, separated by tabs; and notes."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # paths are to be run
+    """What is to do for the run that run_all.sh is asked for: of each stage ("run" or "skip", its
+    name, minutes expected, purpose, command), and ("note", what is to be said) before it."""
     out, first = Path(args.out), args.start or "no"
     run, stages = {}, stages_of(args, args.rounds or 99)
     check_named(args, stages)
@@ -189,6 +188,7 @@ def plan(args, flags):
         for pattern in ("*.partial/manifest.json", "*/*.partial/manifest.json"):
             for manifest in out.glob(pattern):
                 promote(manifest.parent)  # a process was killed just before it did
+        locks.pop((out, ".lock")).close()  # it is each stage's
     asked = check_data(out if not "00_data".startswith(first) else Path(os.devnull), flags,
                        check_model=not args.dry_run)
     preset, world = asked.preset, "toy" if {*asked.preferences} <= {*sources.TOY} else None
@@ -204,7 +204,7 @@ def plan(args, flags):
     if args.clean and not args.dry_run and bring_scores(
             import_module("00_data").parse([*flags, "--out", args.out])):
         stages = [s for s in stages if not s[3].startswith(("01", "02"))]
-        print("note\tthe rows bring scores: no model is trained to vote")
+        yield "note", "the rows bring scores: no model is trained to vote"
     check_named(args, stages)
     last = max(i for i, (d, *_) in enumerate(stages)
                if not args.to or name_of(d).startswith(args.to))
@@ -219,7 +219,7 @@ def plan(args, flags):
         forced = name.startswith(first) or again and bool(args.start)
         reason = None if args.dry_run else why(out, directories, command)
         if not again and reason and reason != "missing":
-            print(f"note\t{name} {reason}: it runs again, and all after it")
+            yield "note", f"{name} {reason}: it runs again, and all after it"
         unfinished = any((out / f"{d}.partial").exists() for d in directories)
         again = again or forced or bool(reason) or unfinished or args.dry_run
         command += f" {shlex.join(flags)}" * (name == "00_data" and bool(flags))
@@ -229,7 +229,7 @@ def plan(args, flags):
         if args.dry_run:
             show_resolved(command, preset)
             continue
-        print("\t".join(("run" if again else "skip", name, minutes, purpose, command)))
+        yield "run" if again else "skip", name, minutes, purpose, command
     if args.start and not again:
         die(f"--from {args.start} matched no stage of this run")
 
@@ -395,7 +395,8 @@ def work(args, data):
     log(f"all {len(todo)} stages are complete")
 
 
-def main():
+def parse(argv=None):
+    """→ the flags of this file, the others, which are 00_data.py's."""
     parser = common.new_parser(__doc__, allow_abbrev=False, epilog="other flags go to 00_data.py")
     parser.error = lambda message: die(f"{message} (bash run_all.sh --help lists the flags)")
     flag = parser.add_argument
@@ -418,7 +419,7 @@ def main():
     flag("--restart", action="store_true", help="begin an unfinished stage anew")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
-    args, data = parser.parse_known_args()
+    args, data = parser.parse_known_args(argv)
     data = [w for word in data for w in (word.split("=", 1) if word[:2] == "--" else [word])]
     for name in ("preset", "limit"):
         value = getattr(args, name)
@@ -439,8 +440,14 @@ def main():
         die("experiments take --seeds N, for seeds 0 to N-1, and neither --from nor --to")
     if args.rounds is not None and args.rounds < (not args.plan):
         die("--rounds must be 1 or more: MetaRM beside the joint objective needs one")
+    return args, data
+
+
+def main():
+    args, data = parse()
     if args.plan:
-        plan(args, data)
+        for row in plan(args, data):
+            print("\t".join(row))
     elif (Path(args.out) / "run.json").exists():
         die(f"{args.out} holds a single run: give the experiments another --out")
     else:

@@ -11,9 +11,10 @@ format is found row by row:
     {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", ...}], ...}
         also `messages`, `conversations`; whole dialogues on both sides, with or without `prompt`;
         single messages; JSON text of them; "from" and "value"; content in text parts
-    pairs by name: rejected_response (ms-swift), preferred_output (OpenAI), response_0 and
-        response_1 with better_response_id, safer_response_id, a choice or a winner,
-        winner_model_a, _b and winner_tie (the Arena), human_ref_A and _B with labels (SHP),
+    pairs by name: rejected_response (ms-swift), preferred_output (OpenAI), response_chosen,
+        response_j and _k (Stack Exchange, paired), response_0 and response_1 with
+        better_response_id, safer_response_id, a choice or a winner, winner_model_a, _b and
+        winner_tie (the Arena), human_ref_A and _B with labels (SHP),
         completions with overall_score (UltraFeedback), summaries with choice (OpenAI's TL;DR
         comparisons), {"chosen": ["Hi", "Hello."], "chosen score list": [0.1, ...],
         "mean preference difference": 0.3, "GPT4 label": 1} (the authors' released set)
@@ -55,7 +56,8 @@ SPELLINGS = {"chosen score list": SCORES[0], "rejected score list": SCORES[1], "
 PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations",
            "conversation")
 PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"),
-         ("chosen_response", "rejected_response"), ("response", "rejected_response"),
+         ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
+         ("response_j", "response_k"), ("response", "rejected_response"),
          ("messages", "rejected_response"), ("messages", "rejected_messages"))
 CHOSEN_OF_TWO = [(stem + a, stem + b) for stem in (
     "response", "answer", "output", "completion", "human_ref", "conversation")
@@ -244,9 +246,19 @@ def with_columns(row, base, style, names=()):
 def held(text, whole):
     """Whether a text stands in another one, as whole words, whatever the white space."""
     text, whole = (" ".join(x.split()) for x in (text, whole))
-    before, after = (edge * bool(re.match(r"\w", at, re.ASCII)) for edge, at in (  # not in Chinese
-        (r"(?<!\w)", text[:1]), (r"(?!\w)", text[-1:])))
-    return bool(re.search(before + re.escape(text) + after, whole))
+    edges = [is_letter(c) and c.isascii() for c in (text[:1], text[-1:])]  # not of Chinese
+    at = whole.find(text)
+    while at >= 0:
+        around = whole[max(at - 1, 0):at], whole[at + len(text):][:1]
+        if not any(edge and is_letter(c) for edge, c in zip(edges, around)):
+            return True
+        at = whole.find(text, at + 1)
+    return False
+
+
+def is_letter(c):
+    """Whether a character is of a word, as regular expressions have it."""
+    return c.isalnum() or c == "_"
 
 
 def earlier(row):

@@ -57,10 +57,10 @@ def stages(run):
     return experiments.pipeline(max([*made, usual]), max(M, voted["hyperparameters"]["M"], 1))
 
 
-def main():
+def main(argv=None):
     parser = new_parser(__doc__, prog="run_all.sh status")
     parser.add_argument("dir", type=Path, nargs="?", default=Path("out"))
-    out = parser.parse_args().dir
+    out = parser.parse_args(argv).dir
     runs = [out] if (out / "run.json").exists() else sorted(
         path.parent for path in out.glob("*_*/run.json"))
     if not runs:

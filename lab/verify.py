@@ -139,11 +139,11 @@ def replay(out, stage):
     return same
 
 
-def main():
+def main(argv=None):
     parser = new_parser(__doc__, prog="python -m lab.verify")
     parser.add_argument("dir", type=Path, help="run directory")
     parser.add_argument("--replay", metavar="STAGE", help="04_rm_denoise, 07_metarm/round_2, ...")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.dir.is_dir():
         die(f"{args.dir} is no directory")
     if args.replay:

@@ -1,8 +1,11 @@
 """Tests import the numbered stages from the repository's root and never touch the network."""
+import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,20 +26,48 @@ def all_cores():
         os.sched_setaffinity(0, CORES)
 
 
+@functools.cache
+def server():
+    """tests/warm.py, and the file for what its forks print."""
+    return subprocess.Popen([sys.executable, ROOT / "tests/warm.py"], cwd=ROOT, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE), tempfile.mkstemp()[1]
+
+
+def forked(words, environment, n=0):
+    """The exit code and the output of a Python command, or of n ranks of it, by tests/warm.py."""
+    process, log = server()
+    print(json.dumps([list(map(str, words)), environment, log, n]), file=process.stdin, flush=True)
+    return int(process.stdout.readline()), Path(log).read_text(errors="replace")
+
+
 def run(*command, check=True, processes=1):
-    """A command in the repository's root, as a user would give it; its output is shown when it
-    fails."""
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, preexec_fn=all_cores if processes > 1 else None)
+    """A command in the repository's root, as a user would give it, but that one of Python's on one
+    core is a fork of tests/warm.py; its output is shown when it fails."""
+    command = [str(c) for c in command]
+    if command[0] in ("python", sys.executable) and processes == 1:
+        done = subprocess.CompletedProcess(command, *forked(command[1:], {**os.environ}))
+    else:
+        done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT,
+                              preexec_fn=all_cores if processes > 1 else None)
     assert not check or done.returncode == 0, \
         f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
     return done
 
 
-def deepspeed(processes, script, *flags):
+def launched(processes, script, *flags):
     """A stage through the real launcher, on a port of this worker's own."""
-    return run("deepspeed", "--num_gpus", processes, "--master_port", PORT, script,
-               *flags, processes=processes)
+    return run("deepspeed", "--num_gpus", processes, "--master_port", PORT, script, *flags,
+               processes=processes)
+
+
+def ranks(processes, script, *flags):
+    """A stage in several processes on a port of this worker's own, as the launcher makes them,
+    whose own start would take ten seconds."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
+    code, text = forked([script, *flags], {**os.environ, **address}, processes)
+    assert code == 0, f"{script} {flags} exited {code}\n{text[-6000:]}"
+    return text
 
 
 def python_stages(*commands):

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CORES, PORT, ROOT, all_cores, deepspeed, run
+from conftest import CORES, PORT, ROOT, all_cores, launched, ranks, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lab import base, manifest, record, verify
@@ -98,7 +98,7 @@ def test_sigkill_at_six_moments_changes_nothing(audited, tmp_path):
 def test_resume_is_exact(run_copy, tmp_path, processes, cases):
     """Every training stage, ZeRO 0 to 3: cut off after step 4 of 5, half-written files lying
     about."""
-    deepspeed(processes, "tests/resume_worker.py", tmp_path / "results.json", run_copy, *cases)
+    ranks(processes, "tests/resume_worker.py", tmp_path / "results.json", run_copy, *cases)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == cases
     for case, result in results.items():
@@ -121,10 +121,10 @@ def test_sigkill_of_two_processes(run_copy, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     step = max(int(p.name.split("_")[1]) for p in partial.glob("checkpoint_*"))
-    text = deepspeed(2, *flags).stdout
+    text = launched(2, *flags).stdout
     killed = json.loads((run_copy / "04_rm_denoise/mine/manifest.json").read_text())["outputs"]
     assert f"goes on after step {step} of " in text and step >= 6
-    deepspeed(2, *flags, "--restart")
+    launched(2, *flags, "--restart")
     undisturbed = json.loads((run_copy / "04_rm_denoise/mine/manifest.json").read_text())["outputs"]
     assert killed == undisturbed
 

@@ -8,12 +8,14 @@ import gzip
 import importlib
 import io
 import json
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import run
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ROOT.parent / "shared/cases"
@@ -52,6 +54,8 @@ VICUNA = "A chat between a curious user and an assistant."
 ALPACA = "Below is an instruction that describes a task. Write a response."
 # (why, row, prompt or error)
 ROWS = [
+    ("paired Stack Exchange", {"question": Q, "response_j": A, "response_k": B}, HH),
+    ("responses by their side", {"question": Q, "response_chosen": A, "response_rejected": B}, HH),
     ("HH, no final mark", {"prompt": f"\n\nHuman: {Q}", **AB}, HH),
     ("HH, one newline", {"prompt": f"\nHuman: {Q}\nAssistant:", **AB}, HH),
     ("HH, no newline before it", {"prompt": f"Human: {Q}\n\nAssistant:", **AB}, HH),
@@ -737,7 +741,13 @@ def test_what_is_kept_all_the_same_is_counted(tmp_path):
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="the shared cases lie outside the project")
-def test_the_shared_cases_hold():
-    done = subprocess.run([sys.executable, CASES / "check.py"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stdout
+def test_the_shared_cases_hold(monkeypatch, capsys):
+    """check.py, whose commands are forks of tests/warm.py."""
+    def forked(command, **_):
+        done = run(*command, check=False)
+        return subprocess.CompletedProcess(command, done.returncode, done.stdout, "")
+    monkeypatch.setattr(subprocess, "run", forked)
+    monkeypatch.setattr(sys, "argv", ["check.py", str(CASES)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(CASES / "check.py", run_name="__main__")
+    assert not stop.value.code, capsys.readouterr().out

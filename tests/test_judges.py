@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, deepspeed, python_stages
+from conftest import ROOT, python_stages, ranks
 from sklearn.metrics import cohen_kappa_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -445,7 +445,7 @@ def test_a_local_model_s_verdict_is_its_likeliest_letter(run_copy, chat_model):
         assert row["verdict"] == "ABC"[int(np.argmax(logps))]
         assert [float(x) for x in row["reply"].split()[1::2]] == pytest.approx(logps, abs=2e-3)
     before = {(r["id"], r["order"]): r["verdict"] for r in rows}
-    deepspeed(2, "03_strength.py", *flags, "--zero", 3, "--eval_batch_size", 7)
+    ranks(2, "03_strength.py", *flags, "--zero", 3, "--eval_batch_size", 7)
     again = judges.read_verdicts(run_copy / "03_strength/verdicts.jsonl")
     assert {(r["id"], r["order"]): r["verdict"] for r in again} == before
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import deepspeed, python_stages, run
+from conftest import python_stages, ranks, run
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -102,7 +102,7 @@ def reference(out, eta=ETA, variant="metarm"):
 def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
     """ZeRO 0, 1, 2 and 3; each variant, on two processes `weights` at ZeRO-3, whose derivatives are
     differences of losses, which AdamW's first steps enlarge."""
-    deepspeed(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS,
+    ranks(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS,
               "--micro_batch_size", micro)
     expected = reference(run_copy)
     without = reference(run_copy, eta=0.0)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT, run
 
 import common
 
+FEW = ["--limit", "1", "--n_pairs", "40", "--n_sft", "40", "--n_prompts", "9", "--n_gold", "9"]
 FLAGS = [
     ("00_data", ["--seed", 2**31], "--seed"), ("00_data", ["--valid_fraction", 1.5], "--valid_f"),
     ("00_data", ["--max_prompt_tokens", 0], "--max_prompt_tokens"),
@@ -143,20 +145,21 @@ def test_a_refusal_leaves_nothing_behind(tmp_path):
         done = run("bash", "run_all.sh", *flags, "--out", tmp_path / "out", check=False)
         assert done.returncode == 2 and "error: " in done.stdout
         assert not (tmp_path / "out").exists()
-    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run([sys.executable, ROOT / "lab/experiments.py", "--plan", "--out",
-                           tmp_path / "данные"], env=env, capture_output=True)
-    assert "данные" in done.stdout.decode()
+    out = tmp_path / "данные"
+    done = subprocess.run(["bash", "run_all.sh", *FEW, "--to", "00", "--out", out],
+                          cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0 and (out / "00_data/manifest.json").exists()
+    assert "данные" in (out / "commands.log").read_text(encoding="utf-8")
 
 
 def test_a_port_in_use_is_left_to_its_user(tmp_path):
     out = tmp_path / "out"
-    port = 20000 + int(run("bash", "-c", f'cksum <<<"$PWD/{out}"').stdout.split()[0]) % 9000
+    port = 20000 + zlib.crc32(bytes(out)) % 9000
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        done = run("bash", "run_all.sh", "--out", out, "--limit", 1, "--to", "01", "--gpus", 1)
+        done = run("bash", "run_all.sh", "--out", out, *FEW, "--to", "01", "--gpus", 1)
     assert f"--master_port {port + 1}" in done.stdout
 
 

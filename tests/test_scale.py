@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT, deepspeed, run
+from conftest import ROOT, ranks, run
 
 from lab import base
 
@@ -28,7 +28,7 @@ TWO = [{"kind": "reward", "zero": 1}, {"kind": "reward", "zero": 2, "precision":
 
 @pytest.mark.parametrize(("processes", "cases"), [(1, ONE), (2, TWO)])
 def test_memory_is_what_the_formula_says(processes, cases, tmp_path):
-    deepspeed(processes, "tests/memory_worker.py", tmp_path / "found.json", *map(json.dumps, cases))
+    ranks(processes, "tests/memory_worker.py", tmp_path / "found.json", *map(json.dumps, cases))
     wrong = []
     for case, (expected, measured) in zip(cases, json.loads((tmp_path / "found.json").read_text())):
         bucket = BUCKET * (2 if case.get("precision") == "bf16" else 4) * bool(case.get("zero"))

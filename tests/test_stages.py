@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, deepspeed, python_stages, run
+from conftest import ROOT, launched, python_stages, ranks, run
 from safetensors.torch import load_file
 from scipy.stats import norm
 
@@ -66,7 +66,7 @@ def one_process(small_run, tmp_path_factory):
 
 def test_01_on_two_processes(one_process, run_copy):
     # four micro batches a step
-    deepspeed(2, "01_sft.py", "--out", run_copy, *SFT, "--micro_batch_size", 4)
+    launched(2, "01_sft.py", "--out", run_copy, *SFT, "--micro_batch_size", 4)
     start, one, two = (load_file(d / "model.safetensors") for d in (
         one_process / "01_sft", one_process / "one", run_copy / "01_sft"))
     assert worst(one, two) < 1e-5 and worst(one, start) > 2e-4
@@ -75,7 +75,7 @@ def test_01_on_two_processes(one_process, run_copy):
 
 
 def test_04_on_two_processes(one_process, run_copy):
-    deepspeed(2, "04_rm_denoise.py", "--out", run_copy, *DENOISE, "--name", "two",
+    ranks(2, "04_rm_denoise.py", "--out", run_copy, *DENOISE, "--name", "two",
               "--micro_batch_size", 8)
     one, two = one_process / "04_rm_denoise/one", run_copy / "04_rm_denoise/two"
     states = [load_file(d / "model.safetensors") for d in (one, two)]
@@ -108,9 +108,9 @@ def test_05_on_two_processes_and_all_zero_stages(run_copy, tmp_path):
     worker = "tests/contrastive_worker.py"
     python(f"assert stage('04_rm_denoise', '--out', {str(run_copy)!r}, '--methods', 'soft_margin',"
            " '--limit', 1) == 0")
-    deepspeed(1, worker, tmp_path / "one", *[f"{m}:0" for m in CASES], *flags, "--micro_batch_size",
+    ranks(1, worker, tmp_path / "one", *[f"{m}:0" for m in CASES], *flags, "--micro_batch_size",
               8)
-    deepspeed(2, worker, tmp_path / "two", *several, *flags, "--micro_batch_size", 4)
+    ranks(2, worker, tmp_path / "two", *several, *flags, "--micro_batch_size", 4)
     prototypes = torch.nn.functional.normalize(
         torch.randn(50, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     for case in several:
@@ -295,7 +295,7 @@ def test_08_tables_follow_from_the_responses(more_stages):
 def test_kl_is_exactly_zero_before_the_first_update(small_run, run_copy):
     first = lines(small_run / "06_ppo/round_0/metrics.jsonl")[0]
     assert first["kl"] == 0 == first["kl_nonnegative"]
-    deepspeed(2, "06_ppo.py", "--out", run_copy, "--rm", "baseline", "--zero", 3, "--kl_beta", 0,
+    ranks(2, "06_ppo.py", "--out", run_copy, "--rm", "baseline", "--zero", 3, "--kl_beta", 0,
               "--limit", 2, "--micro_batch_size", 4)
     first, second = lines(run_copy / "06_ppo/baseline/metrics.jsonl")
     assert first["kl"] == 0 == first["kl_nonnegative"] and first["return"] != 0
