@@ -46,5 +46,6 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
 fi
 python "$here/lab/environment.py" "$here/requirements.txt" || exit 2
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-[ "$mode" != test ] || { cd "$here"; exec python -m pytest -n 2 --dist loadfile "${@:2}"; }
+[ "$mode" != test ] || {
+  cd "$here"; exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${@:2}"; }
 exec python "$here/lab/driver.py" "$@"

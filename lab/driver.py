@@ -61,11 +61,17 @@ def begin(words):
     os._exit(code)
 
 
+def stopped():
+    log(f"stopped; go on with: bash {place()}run_all.sh {shlex.join(sys.argv[1:])}".rstrip())
+    sys.exit(STOPPED)
+
+
 def hand_on(number, frame):
     """Ctrl-C or SIGTERM, to the stage: the first one lets it finish its step."""
     asked.append(number)
+    child or stopped()
     number = signal.SIGTERM if len(asked) == 1 else number
-    if child and os.system(f"pkill -{number:d} -g {child} -f '{STAGE}' 2>/dev/null"):
+    if os.system(f"pkill -{number:d} -g {child} -f '{STAGE}' 2>/dev/null"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
@@ -73,13 +79,11 @@ def hand_on(number, frame):
 def go(words, failed):
     """Run a command to its end; stop with `failed` where it fails, and after a signal."""
     global child
-    if not asked:
-        child = begin(words)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        child = None
+    child = begin(words)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = None
     if asked or code == STOPPED:
-        log(f"stopped; go on with: bash {place()}run_all.sh {shlex.join(sys.argv[1:])}".rstrip())
-        sys.exit(STOPPED)
+        stopped()
     if code:
         die(failed)
 
@@ -94,7 +98,7 @@ def launcher(out, gpus, hostfile):
     if not (gpus or hostfile or torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"
         return ["python"]
-    port = 20000 + zlib.crc32(os.path.abspath(out).encode()) % 9000
+    port = 20000 + zlib.crc32(os.fsencode(os.path.abspath(out))) % 9000
     while not socket.socket().connect_ex(("127.0.0.1", port)):
         port += 1
     return ["deepspeed", "--master_port", str(port), *(["--num_gpus", gpus] if gpus else []),

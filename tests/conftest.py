@@ -20,6 +20,16 @@ if CORES and "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts them
     os.sched_setaffinity(0, {CORES[WORKER % len(CORES)]})
 
 
+# the longest first, or one worker waits for the other at the end
+LONGEST = ["test_audit", "test_report", "test_pipeline", "test_metarm", "test_models",
+           "test_paper_preset", "test_stages", "test_judges"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST
+               else len(LONGEST))
+
+
 def all_cores():
     """In a child that is several processes: they spin while they wait for each other."""
     if CORES:
@@ -42,8 +52,11 @@ def forked(words, environment, n=0):
 
 def run(*command, check=True, processes=1):
     """A command in the repository's root, as a user would give it, but that one of Python's on one
-    core is a fork of tests/warm.py; its output is shown when it fails."""
+    core and run_all.sh's are forks of tests/warm.py, unless `env` stands before them; its output is
+    shown when it fails."""
     command = [str(c) for c in command]
+    if command[:2] == ["bash", "run_all.sh"]:
+        command[:2] = ["python", "lab/driver.py"]  # to which it comes down
     if command[0] in ("python", sys.executable) and processes == 1:
         done = subprocess.CompletedProcess(command, *forked(command[1:], {**os.environ}))
     else:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python_stages, ranks
+from conftest import ROOT, python_stages, ranks, run
 from sklearn.metrics import cohen_kappa_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -355,9 +355,7 @@ def test_03_labels_by_a_server_killed_on_the_way(run_copy, key):
                    server.url, "--judge_model", "m", "--judge_parallel", "2"]
         kill_after(server, command)
         kept = judges.read_verdicts(run_copy / "03_strength.partial/verdicts.jsonl")
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert f"{len(kept)} were answered before" in done.stderr + done.stdout
+        assert f"{len(kept)} were answered before" in run(*command).stdout
         times = Counter(parts for _, _, parts, _ in server.asked)
     rows = judges.read_verdicts(run_copy / "03_strength/verdicts.jsonl")
     assert rows[:len(kept)] == kept and len({(r["id"], r["order"]) for r in rows}) == len(rows)
@@ -381,11 +379,10 @@ def test_08_by_a_server_killed_has_the_tables_of_an_undisturbed_run(run_copy):
                  "--judge_parallel", 2, "--both_orders", *more]
         return [sys.executable, *map(str, words)]
     with Server(longer) as server:
-        subprocess.run(command(server, "--name", "first"), cwd=ROOT, check=True,
-                       capture_output=True)
+        run(*command(server, "--name", "first"))
     with Server(longer, delay=0.05) as server:
         kill_after(server, command(server))
-        subprocess.run(command(server), cwd=ROOT, check=True, capture_output=True)
+        run(*command(server))
     rows = judges.read_verdicts(run_copy / "08_evaluate/verdicts.jsonl")
     assert len({(row["id"], row["order"]) for row in rows}) == len(rows)
     first, second = (json.loads((run_copy / name / "tables.json").read_text())

@@ -9,12 +9,13 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from conftest import run  # noqa: E402
+
 from lab import formats, page, reader  # noqa: E402
 from lab.manifest import finished, in_order  # noqa: E402
 
@@ -144,9 +145,8 @@ def test_commands_are_taken_by_their_scripts(tmp_path):
         script = ROOT / words[1]
         assert script.is_file(), words
         if script not in helps:
-            runner = "bash" if script.suffix == ".sh" else sys.executable
-            helps[script] = subprocess.run([runner, script, "--help"], capture_output=True,
-                                           text=True, cwd=ROOT).stdout
+            runner = ["env", "bash"] if script.suffix == ".sh" else ["python"]
+            helps[script] = run(*runner, script, "--help").stdout
         for flag in [w for w in words[2:] if w.startswith("--") and w != "--help"]:
             assert re.search(rf"{flag}(?![\w-])", helps[script]), (words, flag)
 

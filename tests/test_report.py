@@ -473,13 +473,16 @@ def test_figures_name_their_judge(tmp_path):
         "08_evaluate": "judge ensemble, a proxy"}
 
 
+SMALL = ["--limit", 1, "--seeds", 1, "--max_response_tokens", 12, "--max_prompt_tokens", 32,
+         "--n_pairs", 400, "--n_sft", 300, "--n_prompts", 300]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The whole list of experiments, as small as it goes, a second seed that is a copy of the first
     (a minute less), and their page. → (out, the output)."""
     out = tmp_path_factory.mktemp("experiments") / "out"
-    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 1, "--max_response_tokens",
-               12, "--max_prompt_tokens", 32, "--out", out).stdout
+    text = run("python", "lab/experiments.py", *SMALL, "--out", out).stdout
     for name in ("seed", "summary"):
         shutil.copytree(out / f"{name}_0", out / f"{name}_1")
     return out, text + run("python", "09_report.py", "--out", out).stdout
@@ -578,8 +581,7 @@ def test_experiments_are_verified_run_by_run(page):
 def test_finished_experiments_are_not_run_again(page):
     out = page[0]
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/*/manifest.json")}
-    text = run("python", "lab/experiments.py", "--limit", 2, "--seeds", 1, "--max_response_tokens",
-               12, "--max_prompt_tokens", 32, "--out", out).stdout
+    text = run("python", "lab/experiments.py", *SMALL, "--out", out).stdout
     count = re.search(r"(\d+) of (\d+) stages are complete", text)
     assert count[1] == count[2] and {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
@@ -587,7 +589,7 @@ def test_finished_experiments_are_not_run_again(page):
 def test_other_flags_on_finished_experiments_are_refused(page):
     done = run("python", "lab/experiments.py", "--limit", 3, "--seeds", 1, "--out", page[0],
                check=False)
-    assert done.returncode == 2 and "--limit (2 then, 3 now)" in done.stdout
+    assert done.returncode == 2 and "--limit (1 then, 3 now)" in done.stdout
     assert "seed_0 was made with other flags (" in done.stdout
 
 
