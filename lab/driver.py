@@ -39,8 +39,9 @@ def warm(script):
 
 def begin(words):
     """Start a command in a process group of its own, so that Ctrl-C reaches it by `hand_on` only;
-    one of plain `python` is a fork that goes on with its script. → its process id"""
-    if words[0] == "python":
+    one of plain `python` is a fork that goes on with its script, under Linux. → its process id"""
+    forked = words[0] == "python" and sys.platform == "linux"
+    if forked:
         warm(words[1])
     sys.stdout.flush(), sys.stderr.flush()
     if pid := os.fork():
@@ -50,13 +51,16 @@ def begin(words):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [key for key in locks if key[1] == LOCK]:  # the driver's, as long as it lives
         locks.pop(name).close()
-    if words[0] != "python":
+    if not forked:
         os.execvp(words[0], words)
-    sys.argv, code = words[1:], 0
+    sys.argv, code = words[1:], 1
     try:
         common.launch(experiments.stage_of(os.path.relpath(words[1], HERE)).main)
+        code = 0
     except SystemExit as stop:
         code = stop.code or 0
+    except BaseException:  # with --debug; this process must end here
+        sys.excepthook(*sys.exc_info())
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 

@@ -57,7 +57,7 @@ def run(*command, check=True, processes=1):
     command = [str(c) for c in command]
     if command[:2] == ["bash", "run_all.sh"]:
         command[:2] = ["python", "lab/driver.py"]  # to which it comes down
-    if command[0] in ("python", sys.executable) and processes == 1:
+    if command[0] in ("python", sys.executable) and processes == 1 and sys.platform == "linux":
         done = subprocess.CompletedProcess(command, *forked(command[1:], {**os.environ}))
     else:
         done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
