@@ -136,9 +136,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         planned, data = experiments.parse(["--plan", "--out", f"{folder}/out", *more])
         begin = time.time()
-        plan = [row[1::3] for row in experiments.plan(planned, data) if row[0] == "run"]
+        plan = [(row[1], row[4]) for row in experiments.plan(planned, data) if row[0] == "run"]
         other = time.time() - begin
-        driver.warm("00_data.py")
+        driver.warm()
         seconds = time.time() - BEGIN
         rows = [{"stage": "driver", "seconds": seconds, "import": seconds - other, "other": other,
                  "overhead": 1}]
@@ -151,8 +151,9 @@ def main():
                 try:
                     run_stage(script, argv, times)
                     code = 0
-                finally:
-                    leave(code)
+                except BaseException:
+                    sys.excepthook(*sys.exc_info())
+                leave(code)
             if os.waitpid(child, 0)[1]:
                 sys.exit(f"{name} failed")
             end, found = time.time(), json.loads(Path(times).read_text())

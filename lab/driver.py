@@ -1,72 +1,83 @@
 """What `bash run_all.sh` does in its environment: a run's stages, one after another.
 
 Where a stage needs no launcher (no GPU, neither --gpus nor --hostfile), it is a fork of this
-process, which has imported what stages import: that takes four seconds. The command that is printed
-and logged does the same by hand. lab/experiments.py says what is to do, in which order.
+process, which has imported what stages import: that takes most of a small stage's time. The command
+that is printed and logged does the same by hand. lab/experiments.py says what is to do.
 """
 import contextlib
 import os
-import re
 import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402  (the project's root is on the path now)
+
+import torch  # noqa: E402
+
 from lab import experiments, status, verify  # noqa: E402
 from lab.base import (  # noqa: E402
-    HERE, STOPPED, code_hashes, die, lock, locks, log, replace_attention, torch)
+    HERE, STOPPED, code_hashes, die, lock, locks, log, replace_attention)
 
 LOCK = ".run_all.lock"
 # a stage's own processes, by their command: not DeepSpeed's launcher, which kills them after 30 s
 STAGE = r"^[^ ]*python[0-9.]* (-u )?[^ -][^ ]*\.py( |$)"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 asked, child = [], None  # signals that came, and the stage at work
 
 
-def warm(script):
-    """Import what a script and all stages import, and hash it: what is changed while a run is at
-    work is not what its stages run."""
+def warm(*scripts):
+    """Import what all stages and these scripts import, and hash it: Python code that is changed
+    while a run is at work is not what its stages run."""
     import deepspeed  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     replace_attention()
-    for name in [*(path.name for path in HERE.glob("0*.py")), os.path.relpath(script, HERE)]:
+    for name in [*(path.name for path in HERE.glob("0*.py")), *scripts]:
         experiments.stage_of(name), code_hashes(name)
 
 
 def begin(words):
     """Start a command in a process group of its own, so that Ctrl-C reaches it by `hand_on` only;
-    one of plain `python` is a fork that goes on with its script, under Linux. → its process id"""
-    forked = words[0] == "python" and sys.platform == "linux"
+    one of plain `python` is a fork that goes on with its script, where this process has no threads
+    and no CUDA, under Linux. → its process id"""
+    script = os.path.relpath(words[1], HERE)
+    forked = words[0] == "python" and sys.platform == "linux" and not torch.cuda.is_available()
     if forked:
-        warm(words[1])
+        warm(script)
+        forked = threading.active_count() == 1
     sys.stdout.flush(), sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `child` is known, see `go`
     if pid := os.fork():
         return pid
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     for name in [key for key in locks if key[1] == LOCK]:  # the driver's, as long as it lives
         locks.pop(name).close()
     if not forked:
         os.execvp(words[0], words)
     sys.argv, code = words[1:], 1
     try:
-        common.launch(experiments.stage_of(os.path.relpath(words[1], HERE)).main)
+        common.launch(experiments.stage_of(script).main)
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
-    except BaseException:  # with --debug; this process must end here
+    except BaseException:  # this process must end here
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
 
 def stopped():
-    log(f"stopped; go on with: bash {place()}run_all.sh {shlex.join(sys.argv[1:])}".rstrip())
+    log("stopped; go on with:", shlex.join(["bash", f"{place()}run_all.sh", *sys.argv[1:]]))
+    for number in SIGNALS:  # as `timeout` sends it, to its child and to its group
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(STOPPED)
 
 
@@ -84,6 +95,7 @@ def go(words, failed):
     """Run a command to its end; stop with `failed` where it fails, and after a signal."""
     global child
     child = begin(words)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     child = None
     if asked or code == STOPPED:
@@ -100,7 +112,6 @@ def place():
 def launcher(out, gpus, hostfile):
     """The words before a stage's script. Two runs on one port would stop each other."""
     if not (gpus or hostfile or torch.cuda.is_available()):
-        os.environ["DS_ACCELERATOR"] = "cpu"
         return ["python"]
     port = 20000 + zlib.crc32(os.fsencode(os.path.abspath(out))) % 9000
     while not socket.socket().connect_ex(("127.0.0.1", port)):
@@ -132,11 +143,10 @@ def run_pipeline(args, flags, first):
         go([*words, *["--restart"] * args.restart], f"{name} failed; run it again with: "
            f"{os.environ.get('RUN_ALL_ACTIVATE', '')}{shlex.join(words)}")
         log(f"   minutes taken: {(time.time() - began) / 60:.1f}")
-    summary, page = out / "clean/summary.txt", out / "09_report/index.html"
-    tables = out / "08_evaluate/tables.md"
-    for text in [summary] if planned.clean else [tables]:
-        if text.exists():
-            log(text.read_text(encoding="utf-8"), end="")
+    page = out / "09_report/index.html"
+    text = out / ("clean/summary.txt" if planned.clean else "08_evaluate/tables.md")
+    if text.exists():
+        log(text.read_text(encoding="utf-8"), end="")
     if not planned.clean:
         log(f"everything is in {args.out}/ (" + f"page: {page}, " * page.exists() + "commands: "
             f"{args.out}/commands.log); {(time.time() - start) / 60:.1f} minutes in all")
@@ -146,6 +156,7 @@ def run_experiments(args, flags, first):
     flags = ["--out", args.out, *flags, *["--restart"] * args.restart,
              *["--dry_run"] * args.dry_run]
     experiments.parse(flags)  # bad ones are one line
+    first = ["python"] if args.dry_run else first
     go([*first, f"{place()}lab/experiments.py", *flags], "an experiment failed: try it again")
     if not args.dry_run:
         go(["python", f"{place()}09_report.py", "--out", args.out], "the report failed")
@@ -166,15 +177,16 @@ def main():
         die(f"unknown flag {' '.join(flags)} (bash run_all.sh --help lists the flags)")
     if bool(args.stage) != (mode == "replay"):
         die("replay takes --stage NAME")
-    if not args.out:
-        die("--out needs a value")
-    if args.gpus and not re.fullmatch("[1-9][0-9]*", args.gpus):
+    for name in ("out", "stage", "gpus", "hostfile"):
+        if getattr(args, name) == "":
+            die(f"--{name} needs a value")
+    if args.gpus and not (args.gpus.isdecimal() and int(args.gpus)):
         die(f"--gpus takes a positive whole number, got: {args.gpus}")
     if mode == "status":
         return status.main([args.out])
     if mode in ("verify", "replay"):
         return verify.main([args.out, *(["--replay", args.stage] if args.stage else [])])
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, hand_on)
     first = launcher(args.out, args.gpus, args.hostfile)
     if mode == "experiments":

@@ -246,17 +246,18 @@ def with_columns(row, base, style, names=()):
 def held(text, whole):
     """Whether a text stands in another one, as whole words, whatever the white space."""
     text, whole = (" ".join(x.split()) for x in (text, whole))
-    edges = [is_letter(c) and c.isascii() for c in (text[:1], text[-1:])]  # not of Chinese
+    edges = [in_word(c) and c.isascii() for c in (text[:1], text[-1:])]  # Chinese has no spaces
     at = whole.find(text)
     while at >= 0:
-        around = whole[max(at - 1, 0):at], whole[at + len(text):][:1]
-        if not any(edge and is_letter(c) for edge, c in zip(edges, around)):
+        end = at + len(text)
+        around = whole[max(at - 1, 0):at], whole[end:end + 1]
+        if not any(edge and in_word(c) for edge, c in zip(edges, around)):
             return True
         at = whole.find(text, at + 1)
     return False
 
 
-def is_letter(c):
+def in_word(c):
     """Whether a character is of a word, as regular expressions have it."""
     return c.isalnum() or c == "_"
 

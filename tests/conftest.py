@@ -37,27 +37,37 @@ def all_cores():
 
 
 @functools.cache
+def can_fork():
+    import torch  # a process that has asked for CUDA has it in no fork
+    return sys.platform == "linux" and not torch.cuda.is_available()
+
+
+@functools.cache
 def server():
     """tests/warm.py, and the file for what its forks print."""
-    return subprocess.Popen([sys.executable, ROOT / "tests/warm.py"], cwd=ROOT, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE), tempfile.mkstemp()[1]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests/warm.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE), tempfile.NamedTemporaryFile()
 
 
 def forked(words, environment, n=0):
     """The exit code and the output of a Python command, or of n ranks of it, by tests/warm.py."""
     process, log = server()
-    print(json.dumps([list(map(str, words)), environment, log, n]), file=process.stdin, flush=True)
-    return int(process.stdout.readline()), Path(log).read_text(errors="replace")
+    request = json.dumps([list(map(str, words)), environment, log.name, n])
+    print(request, file=process.stdin, flush=True)
+    code = process.stdout.readline()
+    assert code, "tests/warm.py has ended: its error is above"
+    return int(code), Path(log.name).read_text(errors="replace")
 
 
 def run(*command, check=True, processes=1):
-    """A command in the repository's root, as a user would give it, but that one of Python's on one
-    core and run_all.sh's are forks of tests/warm.py, unless `env` stands before them; its output is
-    shown when it fails."""
+    """Run a command in the repository's root; its output is shown when it fails. Python's and
+    run_all.sh's are forks of tests/warm.py, where that can be, unless `env` stands before them or
+    processes > 1."""
     command = [str(c) for c in command]
     if command[:2] == ["bash", "run_all.sh"]:
         command[:2] = ["python", "lab/driver.py"]  # to which it comes down
-    if command[0] in ("python", sys.executable) and processes == 1 and sys.platform == "linux":
+    if command[0] in ("python", sys.executable) and processes == 1 and can_fork():
         done = subprocess.CompletedProcess(command, *forked(command[1:], {**os.environ}))
     else:
         done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
@@ -76,7 +86,9 @@ def launched(processes, script, *flags):
 
 def ranks(processes, script, *flags):
     """A stage in several processes on a port of this worker's own, as the launcher makes them,
-    whose own start would take ten seconds."""
+    whose own start would take ten seconds. → the output"""
+    if not can_fork():
+        return launched(processes, script, *flags).stdout
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
     code, text = forked([script, *flags], {**os.environ, **address}, processes)
     assert code == 0, f"{script} {flags} exited {code}\n{text[-6000:]}"

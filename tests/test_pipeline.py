@@ -236,7 +236,8 @@ def test_other_flags_on_an_existing_run_are_refused(real):
 
 @pytest.mark.parametrize("flags, words",
                          [(["--lmit", "4"], ["--lmit", "--help"]), (["--limit"], ["--limit"]),
-                          (["--gpus", "0"], ["--gpus"]), (["--limit", "many"], ["--limit", "many"]),
+                          (["--gpus", "0"], ["--gpus"]), (["--gpus="], ["--gpus needs a value"]),
+                          (["--limit", "many"], ["--limit", "many"]),
                           (["--preset", "huge"], ["--preset"]),
                           (["--seed", "1", "2"], ["2", "--help"]), (["stray"], ["stray"]),
                           (["--from", "99_nothing", "--dry_run"], ["--from", "99_nothing"]),

@@ -321,8 +321,8 @@ def test_every_command_of_the_list_is_one_its_stage_takes(tmp_path):
 
 def test_the_driver_prints_the_list(tmp_path):
     out = tmp_path / "out"
-    lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--seeds", 2, "--limit=2",
-                f"--out={out}").stdout.splitlines()
+    lines = run("bash", "run_all.sh", "experiments", "--dry_run", "--gpus", 2, "--seeds", 2,
+                "--limit=2", f"--out={out}").stdout.splitlines()
     rows = experiments.pairs_table(2, 0.1, 0.001) + experiments.summary_table(2)
     assert len(lines) == 2 * len(rows) and not out.exists()
     assert lines[0].split("  #")[0].strip() == f"00_data.py --limit 2 --seed 0 --out {out}/seed_0"

@@ -1,5 +1,6 @@
 """For conftest.run: Python that has imported what stages import, and runs each command that it is
-sent as a fork. A start of its own would take each of them four seconds.
+sent as a fork, as lab/driver.py does: a start is most of a small command's time. What is read when
+a module is imported (PYTHONIOENCODING, HF_HOME, DS_ACCELERATOR) is that of this process.
 
 A line on stdin: [words behind `python`, environment, file for the output, processes]; on stdout:
 the exit code. Of several processes, ranks as DeepSpeed's launcher makes them, the first that fails
@@ -74,7 +75,7 @@ def ranks(words, environment, log, n):
 
 
 if __name__ == "__main__":
-    driver.warm("00_data.py")
+    driver.warm()
     for line in sys.stdin:
         words, environment, log, n = json.loads(line)
         open(log, "w").close()
