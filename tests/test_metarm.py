@@ -103,7 +103,7 @@ def test_equals_plain_pytorch(run_copy, tmp_path, processes, micro):
     """ZeRO 0, 1, 2 and 3; each variant, on two processes `weights` at ZeRO-3, whose derivatives are
     differences of losses, which AdamW's first steps enlarge."""
     ranks(processes, "tests/metarm_worker.py", tmp_path, "--out", run_copy, *FLAGS,
-              "--micro_batch_size", micro)
+          "--micro_batch_size", micro)
     expected = reference(run_copy)
     without = reference(run_copy, eta=0.0)
     effect = max((without[k] - expected[k]).abs().max().item() for k in expected)

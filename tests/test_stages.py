@@ -76,7 +76,7 @@ def test_01_on_two_processes(one_process, run_copy):
 
 def test_04_on_two_processes(one_process, run_copy):
     ranks(2, "04_rm_denoise.py", "--out", run_copy, *DENOISE, "--name", "two",
-              "--micro_batch_size", 8)
+          "--micro_batch_size", 8)
     one, two = one_process / "04_rm_denoise/one", run_copy / "04_rm_denoise/two"
     states = [load_file(d / "model.safetensors") for d in (one, two)]
     start = load_file(run_copy / "01_sft/model.safetensors")
@@ -108,8 +108,7 @@ def test_05_on_two_processes_and_all_zero_stages(run_copy, tmp_path):
     worker = "tests/contrastive_worker.py"
     python(f"assert stage('04_rm_denoise', '--out', {str(run_copy)!r}, '--methods', 'soft_margin',"
            " '--limit', 1) == 0")
-    ranks(1, worker, tmp_path / "one", *[f"{m}:0" for m in CASES], *flags, "--micro_batch_size",
-              8)
+    ranks(1, worker, tmp_path / "one", *[f"{m}:0" for m in CASES], *flags, "--micro_batch_size", 8)
     ranks(2, worker, tmp_path / "two", *several, *flags, "--micro_batch_size", 4)
     prototypes = torch.nn.functional.normalize(
         torch.randn(50, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -296,7 +295,7 @@ def test_kl_is_exactly_zero_before_the_first_update(small_run, run_copy):
     first = lines(small_run / "06_ppo/round_0/metrics.jsonl")[0]
     assert first["kl"] == 0 == first["kl_nonnegative"]
     ranks(2, "06_ppo.py", "--out", run_copy, "--rm", "baseline", "--zero", 3, "--kl_beta", 0,
-              "--limit", 2, "--micro_batch_size", 4)
+          "--limit", 2, "--micro_batch_size", 4)
     first, second = lines(run_copy / "06_ppo/baseline/metrics.jsonl")
     assert first["kl"] == 0 == first["kl_nonnegative"] and first["return"] != 0
     assert second["kl_nonnegative"] > 0
