@@ -3,7 +3,7 @@ tables of results/README.md are those of the record.
 
 `python tests/test_readme.py [out]` writes the map and the tables anew, after recording the finished
 experiments of `out` in results/toy/, or the run on HH-RLHF that it is in results/hh_smollm2/, or in
-results/hh_smollm2_rounds/ where it has a round of MetaRM.
+results/hh_smollm2_rounds/ where it has a second round of PPO.
 """
 import json
 import re
@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from conftest import run  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from lab import formats, page, reader  # noqa: E402
 from lab.manifest import finished, in_order  # noqa: E402
@@ -55,8 +56,11 @@ def recorded(name, folder=TOY):
 def ledger():
     """The verdict on each claim, and what a run on real data has measured of it."""
     def measured(e):
-        return f"{page.number(e['mean'])} ({page.span(e)})" if "values" in e else ""
-    real = {e["id"]: measured(e) for folder in (ROUNDS, HH)  # where both have it, the first run's
+        if "values" not in e:
+            return ""
+        one = e["interval"][0] == e["interval"][1]  # one curve of one seed has no interval
+        return page.number(e["mean"]) + f" ({page.span(e)})" * (not one)
+    real = {e["id"]: measured(e) for folder in (ROUNDS, HH)  # where both have it, HH's
             for e in recorded("ledger", folder)["claims"] if measured(e)}
     n = recorded("metrics", HH)["out_hh"]["00_data"]["rows"]["train"]
     rows = [["claim", "", "verdict", "measured, 95 % interval", "holds if",
@@ -154,7 +158,7 @@ def test_commands_are_taken_by_their_scripts(tmp_path):
 def record(out):
     """results/ from a finished run or experiments, and their report; no text, no weights."""
     runs = [path.parent for path in sorted(out.glob("*/run.json"))]
-    rounds = (out / "07_metarm").is_dir()
+    rounds = (out / "06_ppo/round_1").is_dir()
     folder, runs = (TOY, runs) if runs else (ROUNDS if rounds else HH, [out])
     if folder != TOY:
         assert "hh_harmless" in (out / "run.json").read_text(), f"{out} is no run on HH-RLHF"
@@ -164,7 +168,7 @@ def record(out):
     for name in ("ledger.json", "tables.json"):
         shutil.copy(out / "09_report" / name, folder)
     for path in (out / "09_report/figures").glob("*.png"):
-        shutil.copy(path, folder)
+        Image.open(path).convert("RGB").quantize(64).save(folder / path.name, optimize=True)
     manifests = {run.name: {name: json.loads((run / name / "manifest.json").read_text())
                             for name in finished(run)} for run in runs}
     commits = sorted({m["git_commit"] for stages in manifests.values() for m in stages.values()})
