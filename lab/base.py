@@ -318,6 +318,8 @@ def launch(main, clean_up=lambda: None):
             text = error.strerror + (f": {error.filename}" if error.filename else "")
         elif isinstance(error, torch.OutOfMemoryError):
             text = "out of memory: lower --micro_batch_size, or more processes, or a higher --zero"
+        elif "probability tensor contains" in text:
+            text = "a policy gives NaN for probabilities: it has diverged, or its base is bad"
         elif world_size() > 1 and ("by peer" in text or "remote peer" in text):
             text = "another process ended or its machine is lost, see what it said; the same " \
                 "command goes on from the last checkpoint"

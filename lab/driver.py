@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from lab import experiments, status, verify  # noqa: E402
 from lab.base import (  # noqa: E402
     HERE, STOPPED, code_hashes, die, lock, locks, log, replace_attention)
+from lab.forks import fork  # noqa: E402
 
 LOCK = ".run_all.lock"
 # a stage's own processes, by their command: not DeepSpeed's launcher, which kills them after 30 s
@@ -50,31 +51,23 @@ def begin(words):
     if forked:
         warm(script)
         forked = threading.active_count() == 1
-    sys.stdout.flush(), sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `child` is known, see `go`
-    if pid := os.fork():
-        return pid
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    for name in [key for key in locks if key[1] == LOCK]:  # the driver's, as long as it lives
-        locks.pop(name).close()
-    if not forked:
-        os.execvp(words[0], words)
-    sys.argv, code = words[1:], 1
-    try:
-        common.launch(experiments.stage_of(script).main)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:  # this process must end here
-        sys.excepthook(*sys.exc_info())
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+
+    def work():
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for name in [key for key in locks if key[1] == LOCK]:  # the driver's, as long as it lives
+            locks.pop(name).close()
+        sys.argv = words[1:]
+        common.launch(experiments.stage_of(script).main if forked else
+                      lambda: os.execvp(words[0], words))
+    return fork(work)
 
 
 def stopped():
+    """End as a stage does that a signal has stopped, with the command that goes on."""
     log("stopped; go on with:", shlex.join(["bash", f"{place()}run_all.sh", *sys.argv[1:]]))
     for number in SIGNALS:  # as `timeout` sends it, to its child and to its group
         signal.signal(number, signal.SIG_IGN)
@@ -182,6 +175,8 @@ def main():
             die(f"--{name} needs a value")
     if args.gpus and not (args.gpus.isdecimal() and int(args.gpus)):
         die(f"--gpus takes a positive whole number, got: {args.gpus}")
+    if mode in ("status", "verify"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them without a word
     if mode == "status":
         return status.main([args.out])
     if mode in ("verify", "replay"):

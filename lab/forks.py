@@ -1,10 +1,11 @@
-"""Models that do not need each other, trained side by side."""
+"""Work in forked processes: models that do not need each other, trained side by side."""
 import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,6 +13,27 @@ import torch.distributed as dist
 from lab import base
 
 MOST = 4  # processes: each takes half a gigabyte
+
+
+def fork(work):
+    """→ process id of a fork of this process that does `work()` and ends, with the exit code that
+    Python would end with."""
+    sys.stdout.flush(), sys.stderr.flush()
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:  # this process must end here
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 def side_by_side(args, names, train, launch):
@@ -25,20 +47,15 @@ def side_by_side(args, names, train, launch):
     lanes, children = min(base.cores(), len(names), MOST) if single and safe else 1, []
     if lanes > 1:
         base.lock(Path(args.out))  # children inherit it
-    for lane in range(1, lanes):
-        sys.stdout.flush(), sys.stderr.flush()
-        if child := os.fork():
-            children.append(child)
-            continue
+
+    def work(lane):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child is left behind
-        os.environ["MASTER_PORT"], base.lane, code = "0", lane, 0
+        os.environ["MASTER_PORT"], base.lane = "0", lane
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is the parent's
-        try:
-            launch(lambda: train(names[lane::lanes]))  # noqa: B023
-        except SystemExit as stop:
-            code = stop.code or 0
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+        launch(lambda: train(names[lane::lanes]))
+
+    for lane in range(1, lanes):
+        children.append(fork(partial(work, lane)))
     try:
         train(names[::lanes])
     except BaseException:

@@ -12,15 +12,21 @@ import os
 import runpy
 import signal
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lab import driver  # noqa: E402
+from lab.forks import fork  # noqa: E402
 
 
-def work(words):
-    """What `python WORDS` does → its exit code."""
+def work(words, environment, log):
+    """What `python WORDS` does in this environment."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear(), os.environ.update(environment)
+    if "WORLD_SIZE" in environment and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count()))  # they spin while they wait for each other
     try:
         if words[0] == "-m":
             sys.argv = words[1:]
@@ -33,29 +39,8 @@ def work(words):
             sys.argv = words
             sys.path.insert(0, str(Path(words[0]).parent))
             runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def fork(words, environment, log):
-    """→ the process id."""
-    if pid := os.fork():
-        return pid
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.clear(), os.environ.update(environment)
-    if "WORLD_SIZE" in environment and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, range(os.cpu_count()))  # they spin while they wait for each other
-    code = work(words)
-    atexit._run_exitfuncs()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+    finally:
+        atexit._run_exitfuncs()
 
 
 def ranks(words, environment, log, n):
@@ -64,7 +49,8 @@ def ranks(words, environment, log, n):
     at_work, failed = [], 0
     for rank in map(str, range(n)):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n), "LOCAL_SIZE": str(n)}
-        at_work.append(fork([script, f"--local_rank={rank}", *flags], environment | own, log))
+        at_work.append(fork(partial(
+            work, [script, f"--local_rank={rank}", *flags], environment | own, log)))
     while at_work:
         pid, status = os.wait()
         at_work.remove(pid)
@@ -82,5 +68,6 @@ if __name__ == "__main__":
         if n:
             code = ranks(words, environment, log, n)
         else:
-            code = os.waitstatus_to_exitcode(os.waitpid(fork(words, environment, log), 0)[1])
+            child = fork(partial(work, words, environment, log))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(code, flush=True)
