@@ -75,10 +75,12 @@ def style_of(model, template="auto"):
     question, answer = {"role": "user", "content": "Who?"}, "An unlikely answer 4711."
     try:
         whole = apply_template(style, [question, {"role": "assistant", "content": answer}])
+        if answer not in whole:  # as those of some models of images, which take parts only
+            raise Bad("it does not write an answer that is a text")
         style.end = whole.split(answer)[1]
         lead = render(style, [question], [{"role": "assistant", "content": answer}])[1][0]
         style.lead = lead.removesuffix(answer) if lead.strip() == answer else ""
-    except (Bad, IndexError) as problem:
+    except Bad as problem:
         common.die(f"the chat template of --model {model} cannot be used: {problem}; "
                    "--template hh writes dialogues in HH form")
     return style

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 data = importlib.import_module("00_data")
-from lab import formats  # noqa: E402
+import common  # noqa: E402
+
+from lab import formats, templates  # noqa: E402
 REAL = ROOT.parent / "shared" / "data" / "hh_harmless_sample.jsonl.gz"
 HI = "\n\nHuman: Hi\n\nAssistant:"
 
@@ -131,6 +134,32 @@ def test_messages_through_the_chat_template(chat_model):
     # plain strings too, but with --template hh
     assert read(pair(1), model=chat_model)["prompt"] == "<s><user>Question 1?<assistant>"
     assert read(pair(1), model=chat_model, template="hh") == read(pair(1))
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="TRL's templates are not installed")
+def test_chat_templates_of_real_models(chat_model, monkeypatch, capsys):
+    """Of each that TRL ships, prompt + response + end is what it writes for the whole dialogue, and
+    the prompt what it opens a generation with; but for models of images, which take no text."""
+    tokenizer, refused = common.load_tokenizer(chat_model), []
+    monkeypatch.setattr(common, "load_tokenizer", lambda model: tokenizer)
+    talk = spoken(("user", "Hi"), ("assistant", "Hello."), ("user", "Who?"), ("assistant", "I, 2."))
+    files = sorted(Path(find_spec("trl").origin).parent.glob("chat_templates/*.jinja"))
+    for file in files:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            style = templates.style_of(file.stem)
+        except SystemExit:
+            refused.append(file.stem)
+            continue
+        prompt, [response] = templates.render(style, talk[:-1], talk[-1:])
+        assert prompt + response + style.end == tokenizer.apply_chat_template(talk, tokenize=False)
+        opened = tokenizer.apply_chat_template(talk[:-1], tokenize=False,
+                                               add_generation_prompt=True)
+        assert opened in (prompt, prompt + "<think>\n"), file.stem
+        assert response.endswith("I, 2."), file.stem
+    assert len(files) - len(refused) > 50 and all(
+        name.startswith(("idefics3", "llava_next", "smolvlm")) for name in refused)
+    assert "smolvlm cannot be used: it does not write an answer" in capsys.readouterr().err
 
 
 def test_a_begun_turn_keeps_its_white_space(chat_model):
