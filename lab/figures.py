@@ -111,9 +111,9 @@ def evaluated(run, policies, kind=""):
     return out
 
 
-def rounds(run):
-    """Names of vanilla PPO and the finished rounds, in order."""
-    found = [p.name for p in (run.path / "06_ppo").glob("round_*")
+def rounds(run, stage="06_ppo"):
+    """Names of a stage's finished rounds, in order; of stage 06 the first is vanilla PPO."""
+    found = [p.name for p in (run.path / stage).glob("round_*")
              if re.fullmatch(r"round_\d+", p.name)]
     return sorted(found, key=lambda name: int(name[6:]))
 
@@ -134,7 +134,7 @@ def data_accuracies(run):
     out = {f"voter {m}": common.accuracies(scores[..., m], valid) for m in range(scores.shape[2])}
     for name in (*(f"04_rm_denoise/{m}" for m in METHODS),
                  *(f"05_rm_contrastive/{m}" for m in CONTRASTIVE),
-                 *(f"07_metarm/{r}" for r in rounds(run)[1:])):
+                 *(f"07_metarm/{r}" for r in rounds(run, "07_metarm"))):
         if (path := run.path / name / "manifest.json").exists():
             out[name.split("/")[1]] = read(path)["metrics"]
     return {m: {k: of[f"accuracy_{k}"] for k in (*SETS, "gold") if f"accuracy_{k}" in of}
@@ -169,7 +169,7 @@ def data_16(run):
     """Rewards, their differences and J of each round's held-back samples at theta, theta' and under
     the vanilla model."""
     folder = run.path / "07_metarm"
-    return {name: read(folder / name / "held_back.json") for name in rounds(run)[1:]}
+    return {name: read(folder / name / "held_back.json") for name in rounds(run, "07_metarm")}
 
 
 def data_19(run):
