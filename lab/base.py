@@ -318,8 +318,9 @@ def launch(main, clean_up=lambda: None):
             text = error.strerror + (f": {error.filename}" if error.filename else "")
         elif isinstance(error, torch.OutOfMemoryError):
             text = "out of memory: lower --micro_batch_size, or more processes, or a higher --zero"
-        elif "probability tensor contains" in text:
-            text = "a policy gives NaN for probabilities: it has diverged, or its base is bad"
+        elif "probability tensor contains" in text:  # on a GPU it is an assert of the device's
+            text = "a policy's probabilities are no numbers: it has diverged, its base is bad, " \
+                "or its numbers are too large for bf16 (--precision fp32)"
         elif world_size() > 1 and ("by peer" in text or "remote peer" in text):
             text = "another process ended or its machine is lost, see what it said; the same " \
                 "command goes on from the last checkpoint"

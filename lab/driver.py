@@ -60,7 +60,7 @@ def begin(words):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for name in [key for key in locks if key[1] == LOCK]:  # the driver's, as long as it lives
             locks.pop(name).close()
-        sys.argv = words[1:]
+        sys.argv = words[1:] if forked else words
         common.launch(experiments.stage_of(script).main if forked else
                       lambda: os.execvp(words[0], words))
     return fork(work)
@@ -175,8 +175,6 @@ def main():
             die(f"--{name} needs a value")
     if args.gpus and not (args.gpus.isdecimal() and int(args.gpus)):
         die(f"--gpus takes a positive whole number, got: {args.gpus}")
-    if mode in ("status", "verify"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them without a word
     if mode == "status":
         return status.main([args.out])
     if mode in ("verify", "replay"):

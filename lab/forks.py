@@ -16,24 +16,27 @@ MOST = 4  # processes: each takes half a gigabyte
 
 
 def fork(work):
-    """→ process id of a fork of this process that does `work()` and ends, with the exit code that
-    Python would end with."""
+    """→ process id of a fork of this process that does `work()` and ends as Python would, but for
+    what atexit has."""
     sys.stdout.flush(), sys.stderr.flush()
     if child := os.fork():
         return child
     code = 1
     try:
-        work()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException:  # this process must end here
-        sys.excepthook(*sys.exc_info())
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+        try:
+            work()
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+        except SystemExit as stop:
+            said = stop.code if stop.code is not None else 0
+            code = said if isinstance(said, int) else 1
+            code == said or print(said, file=sys.stderr)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush(), sys.stderr.flush()
+    finally:  # whatever happens, this process goes no further
+        os._exit(code)
 
 
 def side_by_side(args, names, train, launch):

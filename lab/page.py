@@ -74,7 +74,7 @@ def what_was_run(runs):
 
 def in_one_line(run):
     """A run in a sentence, from what stays the same when it is replayed."""
-    info, rounds = read_json(run.path / "run.json"), len(figures.rounds(run)[1:])
+    info, rounds = read_json(run.path / "run.json"), len(figures.rounds(run, "07_metarm"))
     sources = "The embedded world" if info["preferences"] == ["toy"] else ", ".join(
         Path(s).name for s in map(str, info["preferences"]))
     model = "a model of half a million parameters" if info["model"] == "tiny" else \

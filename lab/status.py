@@ -4,6 +4,7 @@ stale (and why), missing.
     bash run_all.sh status [--out DIR]        or: python -m lab.status [DIR]
 """
 import fcntl
+import signal
 from pathlib import Path
 
 from lab import checkpoint, experiments
@@ -61,6 +62,7 @@ def main(argv=None):
     parser = new_parser(__doc__, prog="run_all.sh status")
     parser.add_argument("dir", type=Path, nargs="?", default=Path("out"))
     out = parser.parse_args(argv).dir
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     runs = [out] if (out / "run.json").exists() else sorted(
         path.parent for path in out.glob("*_*/run.json"))
     if not runs:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,7 @@ def main(argv=None):
         die(f"{args.dir} is no directory")
     if args.replay:
         sys.exit(not replay(args.dir, args.replay.strip("/")))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     runs = [] if (args.dir / "run.json").exists() else sorted(  # of experiments
         p.parent for kind in ("seed", "summary") for p in args.dir.glob(f"{kind}_*/run.json"))
     sys.exit(not all([print(f"== {run}") or verify(run) for run in runs] or [verify(args.dir)]))

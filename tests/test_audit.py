@@ -17,7 +17,7 @@ import pytest
 from conftest import CORES, PORT, ROOT, all_cores, launched, ranks, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab import base, manifest, record, verify
+from lab import base, forks, manifest, record, verify
 
 WORKER = [sys.executable, ROOT / "tests/pipeline_worker.py"]
 
@@ -159,6 +159,22 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(run_copy, tmp_path):
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="one core")
+def test_a_fork_ends_as_python_does():
+    def raises(error):
+        raise error
+    for work, code in ((lambda: None, 0), (lambda: raises(KeyboardInterrupt), 130),
+                       (lambda: raises(ValueError), 1), *(
+                           (lambda said=said: sys.exit(said), code) for said, code in (
+                               (None, 0), (0, 0), (3, 3), ("no", 1), ("", 1), ([1], 1)))):
+        _, status = os.waitpid(forks.fork(work), 0)
+        assert os.waitstatus_to_exitcode(status) == code
+
+    def unheard():  # nor does it go on with its parent's work where nothing can be said
+        sys.stdout = sys.stderr = open(os.devnull)
+        print("not writable")
+    assert os.waitstatus_to_exitcode(os.waitpid(forks.fork(unheard), 0)[1]) == 1
+
+
 def test_models_side_by_side_killed_and_stopped(small_run, run_copy, tmp_path):
     """Two processes, a core each, make what one makes on one core. Neither outlives a SIGKILL of
     the first, and its SIGTERM stops both after a checkpoint."""
@@ -777,6 +793,11 @@ def test_status_says_what_is_done_stopped_stale_and_missing(run_copy):
     assert {s[0] for n, s in first.items() if n[:2] in ("00", "01", "02", "03")} == {"done"}
     assert first["04_rm_denoise"] == ["missing", "1 of 5 are there"]
     assert first["06_ppo/round_0"][0] == "done" and first["06_ppo/round_3"][0] == "missing"
+    unread, end = os.pipe()  # as by `| head`, which reads no more
+    os.close(unread)
+    done = subprocess.run([sys.executable, "-m", "lab.status", run_copy], cwd=ROOT, stdout=end,
+                          stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
     assert {p: p.stat().st_mtime_ns for p in before} == before
     shutil.move(run_copy / "02_rm_ensemble/rm_01", run_copy / "aside")
     gone = status()

@@ -152,14 +152,15 @@ def test_chat_templates_of_real_models(chat_model, monkeypatch, capsys):
             refused.append(file.stem)
             continue
         prompt, [response] = templates.render(style, talk[:-1], talk[-1:])
-        assert prompt + response + style.end == tokenizer.apply_chat_template(talk, tokenize=False)
+        whole = tokenizer.apply_chat_template(talk, tokenize=False)
+        assert prompt + response + style.end == whole, file.stem
         opened = tokenizer.apply_chat_template(talk[:-1], tokenize=False,
                                                add_generation_prompt=True)
         assert opened in (prompt, prompt + "<think>\n"), file.stem
         assert response.endswith("I, 2."), file.stem
-    assert len(files) - len(refused) > 50 and all(
-        name.startswith(("idefics3", "llava_next", "smolvlm")) for name in refused)
-    assert "smolvlm cannot be used: it does not write an answer" in capsys.readouterr().err
+    assert len(refused) < len(files) / 4 and all(
+        name.startswith(("idefics3", "llava_next", "smolvlm")) for name in refused), refused
+    assert "cannot be used: it does not write an answer that is a text" in capsys.readouterr().err
 
 
 def test_a_begun_turn_keeps_its_white_space(chat_model):

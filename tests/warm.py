@@ -21,7 +21,8 @@ from lab.forks import fork  # noqa: E402
 
 
 def work(words, environment, log):
-    """What `python WORDS` does in this environment."""
+    """What `python WORDS` does in this environment, but that atexit's functions come before what is
+    said of an error."""
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear(), os.environ.update(environment)
