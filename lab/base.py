@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import json
 import math
@@ -94,6 +95,8 @@ def setup(args, one_thread=False):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
     if args.deterministic:
+        if device().type == "cuda" and getattr(args, "top_p", 1) < 1:
+            die("--deterministic needs --top_p 1 on a GPU: PyTorch has no such sum of a nucleus")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     if device().type == "cuda":
@@ -405,8 +408,11 @@ def sync(path):
 def user_files(path):
     """Absolute paths of a user's own file, or of all files in a directory but hidden ones."""
     path = Path(path).resolve()
-    return [str(p) for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if p.is_file()
-            and not any(part.startswith(".") for part in p.relative_to(path.parent).parts[1:])]
+    found = {} if path.is_dir() else {path: str(path)}
+    for name in sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True))):
+        if name.is_file():  # also behind links to folders, each file once
+            found.setdefault(name.resolve(), str(name))
+    return list(found.values())
 
 
 code_hash = functools.cache(sha256)  # a file that is changed later is not what this process runs

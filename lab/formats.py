@@ -30,10 +30,13 @@ contents are never printed: some are offensive.
 """
 import ast
 import contextlib
+import io
 import json
 import re
+import tokenize
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import common
@@ -65,13 +68,16 @@ CHOSEN_OF_TWO = [(stem + a, stem + b) for stem in (
 CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "preference", "preferred",
            "chosen", "label", "labels")
 ARENA = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
-TIE = re.compile(r"tie|both|neither|draw|equal|same|a=b")
+TIE = re.compile(  # not a reason that begins so
+    r"(tied?|both|neither|draw|equal(ly)?|(the_)?same|a=b)(\W?_?\W?(tied?|both|all|are|is|bad|good"
+    r"|fine|equal(ly)?|preferred|better|quality|preference|responses?|answers?))*\W?")
 NAME = re.compile(
     r"((model|response|answer|output|completion|assistant|option|summary)_?)?(\d|[a-d])")
 ANSWERS = ("response", "output", "completion", "answer", "chosen")
 # what a prompt may not lose, in a row or a message
 CARRIERS = ("tools", "functions", "context", "contexts", "passage", "documents", "image", "images",
-            "image_path", "image_url", "video", "videos", "audio", "audios", "audio_path",
+            "image_path", "image_paths", "img_path", "image_url", "video", "videos", "audio",
+            "audios", "audio_path",
             "chat_history", "conversation_history", "initial_reason_steps")
 SYSTEM = ("system", "system_prompt", "system_message")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -116,12 +122,19 @@ def is_message(m):
 
 
 def literal(text):
-    """The value of a JSON or Python text, or None."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pass
+    """The value of a JSON or Python text, or None; Bad where Python would make one text of those
+    that numpy prints without commas."""
+    text = text.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline) if text[-1:] == "]" else ()
+        texts = [t.type == tokenize.STRING or t.string == "None" for t in tokens
+                 if t.type != tokenize.NL]
+        if any(a and b for a, b in pairwise(texts)):
+            raise Bad("a list of texts without commas between them, as numpy prints it")
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
 
 
 def message(m):
@@ -130,8 +143,8 @@ def message(m):
                      for a, b in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role.strip().lower() not in ROLES:
         raise Bad(f"a message's role must be one of {', '.join(ROLES)}")
-    if lost := [k for k in CARRIERS if m.get(k)]:
-        raise Bad(f"`{lost[0]}` of a message cannot be used")
+    if None not in (said := [m.get("content"), m.get("value")]) and said[0] != said[1]:
+        raise Bad("`content` and `value` of a message differ")
     more = {k: m[k] for k in (*CALLS, *REASONING, "tool_call_id", "name") if m.get(k)}
     if isinstance(content, list):
         for part in content:
@@ -154,7 +167,10 @@ def messages(value, name):
     turns = [m for item in value for m in (
         [{"role": role, "content": item[key]} for role, key in (
             ("user", "input"), ("assistant", "output")) if item[key] is not None]
-        if {"input", "output"} <= item.keys() else [item])]
+        if {"input", "output"} <= item.keys() and item.get("role") is item.get("from") is None
+        else [item])]
+    if lost := [k for item in value for k in (*CARRIERS, *SYSTEM) if item.get(k)]:
+        raise Bad(f"`{name}`: `{lost[0]}` of a message cannot be used")
     try:
         return [message(m) for m in turns]
     except Bad as problem:
@@ -392,7 +408,7 @@ def is_named(row, texts, which):
     if {chosen, rejected} <= {text.strip() for text in texts if isinstance(text, str)}:
         return False
     said = spelled(chosen)
-    if said in which or "rejected" not in row and (TIE.match(said) or said.isdecimal()):
+    if said in which or "rejected" not in row and (TIE.fullmatch(said) or said.isdecimal()):
         return True
     look = NAME.fullmatch(said)
     if look and isinstance(row["chosen"], str) and not (
@@ -410,7 +426,7 @@ def by_choice(row, two, names):
     said, which = spelled(row.pop(key)), spellings(row, names)
     if key == "labels" and names[0].startswith("human_ref"):
         which = {"1": 0, "0": 1, "true": 0, "false": 1}  # SHP: 1 means that A is preferred
-    if said not in which and TIE.match(said):
+    if said not in which and TIE.fullmatch(said):
         raise Drop("no preference")
     if said == "-1":
         raise Bad(f"`{key}` is -1, a tie in some data and the second response in others")
@@ -429,8 +445,16 @@ def same(a, b):
     return a["role"] == b["role"] and a["content"].split() == b["content"].split()
 
 
+def plain(before):
+    """A prompt, messages or a text, without white space and without an empty system turn."""
+    return before.split() if isinstance(before, str) else [
+        {**m, "content": m["content"].split()} for m in before
+        if m["role"] != "system" or m["content"].strip()]
+
+
 def join(history, side):
     """A prompt's messages and a side's: those of the side alone where it repeats the prompt."""
+    split_last(side)  # or it has no assistant's
     said, heard = ([m for m in x if m["role"] != "system"] for x in (history, side))
     system, own = ([m for m in x if m["role"] == "system"] for x in (history, side))
     if system and own and [m["content"].split() for m in system] != [
@@ -554,11 +578,14 @@ def write(style, history, answers, tools=None):
     texts, marked = [a["content"] for a in answers], isinstance(history, str)
     turns = [] if marked else history
     keys = {k for m in [*turns, *answers] for k in m} - {"role", "content", "name", "tool_call_id"}
+    if marked and style.form == "chat" and markup(history).rstrip() not in style.opened:
+        style.notes["prompts in another markup than the model's, kept as they are"] += 1
     if marked:  # templated already: only an opening may lack
         prompt = open_turn(history, markup(history))
         begun = not prompt.endswith(markup(history))  # with words of the response
         texts = [ENDS.sub("", t if begun else OPENED.sub("", t).lstrip()).rstrip() for t in texts]
-    if any(map(SPECIAL.search, [*(m["content"] for m in turns), *texts])):
+    said = [*(m["content"] for m in turns), *texts]
+    if any(map(SPECIAL.search, said)) or style.asks and any(style.asks in text for text in said):
         style.notes["rows hold marks of a turn or a template, kept as text"] += 1
     later = [m["role"] != "system" for m in turns]
     if style.form == "hh" and later != sorted(later):
@@ -708,7 +735,7 @@ def in_one_form(row, style):
 def check_left(row, clean, kind):
     """Bad where a column that is left holds words of the conversation that nothing else has."""
     kept = " ".join(x for x in clean.values() if isinstance(x, str))
-    for name in (*PROMPTS, "input", *SYSTEM, "history"):
+    for name in (*PROMPTS, "input", *SYSTEM, "history", "document", "article"):
         left = parsed(row.get(name))
         if kind == "prompts" and isinstance(left, list):
             continue  # whole dialogues, whose responses are not wanted
@@ -780,7 +807,7 @@ def divide(row, style):
     if drop:
         raise drop
     (before, chosen), (other, rejected) = sides
-    if before != other:
+    if plain(before) != plain(other):
         raise Drop("prompts differ")
     if history is None:
         before = with_columns(row, before, style)

@@ -73,7 +73,7 @@ def parts(source):
         return [p for p in user_files(source) if container(p) and not METADATA.search(p)]
     if any(c in source for c in "*?["):
         found = sorted(glob.glob(source, recursive=True))
-        return list(dict.fromkeys(str(Path(f).resolve()) for p in found for f in (
+        return list(dict.fromkeys(os.path.abspath(f) for p in found for f in (
             parts(p) if Path(p).is_dir() else [p])))
     return FOLDERS.get(source, [source])
 

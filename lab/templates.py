@@ -33,19 +33,22 @@ BEGIN = re.compile(r"\s*(<[^<>\s]+>|\[gMASK\]<sop>)?\s*")  # BOS, in any spellin
 ENDS = re.compile(
     r"(?<!\s)(\s*(<\|(im_end|eot_id|eot|end|return|endoftext|end_of_text|END_OF_TURN_TOKEN)\|>"
     r"|<end_of_turn>|</s>|<eos>|<｜end▁of▁sentence｜>))+\s*\Z")
-# other marks, which are kept as text
+# other marks, also of what is no text, which are kept as text
 SPECIAL = re.compile(r"<[|｜]\w+[|｜]>|</s>|<end_of_turn>|<extra_id_\d>|\[/?(INST|SYSTEM_PROMPT)\]"
-                     r"|^### (Human|Instruction|Assistant|Response|Input)|^USER:"
-                     r"|(Human|Assistant)：|\n\nHuman:|\n(A|AI|Bot|assistant|ASSISTANT|<bot>):\s*\Z",
-                     re.MULTILINE)
-# marks that are words: (how a text with them begins, a mark), of Vicuna, of Alpaca and Guanaco, and
-# HH's own in one line (DeepSpeed-Chat)
+                     r"|^### (Human|Instruction|Assistant|Response|Input)|^(USER|User|user):"
+                     r"|<(image|video|audio)>|(Human|Assistant)：|\n\nHuman:"
+                     r"|\n(A|AI|Bot|assistant|ASSISTANT|<bot>):\s*\Z", re.MULTILINE)
+# marks that are words: (how a text with them begins, a mark), of Vicuna, of Alpaca and Guanaco,
+# HH's own in one line (DeepSpeed-Chat), and others of one line each (OASST, LangChain)
 WORDED = [(re.compile(begin, re.DOTALL), re.compile(mark)) for begin, mark in (
     (r"\s*(A chat between .*?)?USER:", r"(?:\A\s*|(?<!\s)\s+|</s>\s*)(USER|ASSISTANT):"),
     (r"\s*(Below is an instruction.*?)?### (Instruction|Human):",
      r"(?<!\s)\s*### (Instruction|Human|Response|Assistant):"),
     (r"\s*Human:(?!.*\n *(Human|Assistant):).*\sAssistant:\s*\Z",
-     r"(?:\A\s*|(?<!\s)\s+)(Human|Assistant):"))]
+     r"(?:\A\s*|(?<!\s)\s+)(Human|Assistant):"),
+    (r"\s*(Human:(?!.*\n *Assistant:)(?=.*\n *(AI|Bot|bot|assistant):)|prompter:"
+     r"|(human|User|user):(?=.*\n *(AI|Bot|bot|[Aa]ssistant):))",
+     r"(?:\A\s*|\n *)([Hh]uman|[Uu]ser|prompter|AI|[Bb]ot|[Aa]ssistant):"))]
 UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
 DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
@@ -58,7 +61,8 @@ def style_of(model, template="auto"):
     `end` (what the template writes after a response), `lead` (what a response begins with), `day`
     (what a template that asks for the date is told)."""
     style = SimpleNamespace(form="none" if template == "none" else "hh", tokenizer=None, end="",
-                            lead="" if template == "none" else " ", day=None, notes=Counter())
+                            lead="" if template == "none" else " ", day=None, notes=Counter(),
+                            opened="", asks="")
     if model == "tiny" or template != "auto":
         return style
     try:
@@ -78,7 +82,10 @@ def style_of(model, template="auto"):
         if answer not in whole:  # as those of some models of images, which take parts only
             raise Bad("it does not write an answer that is a text")
         style.end = whole.split(answer)[1]
-        lead = render(style, [question], [{"role": "assistant", "content": answer}])[1][0]
+        style.opened, (lead,) = render(
+            style, [question], [{"role": "assistant", "content": answer}])
+        asks = style.opened.partition(question["content"])[0]
+        style.asks = asks.removeprefix(tokenizer.bos_token or "").strip()
         style.lead = lead.removesuffix(answer) if lead.strip() == answer else ""
     except Bad as problem:
         common.die(f"the chat template of --model {model} cannot be used: {problem}; "
@@ -141,8 +148,8 @@ def reworded(text):
     for begin, mark in WORDED:
         if begin.match(text):
             first, *turns = mark.split(text)
-            marks = [HUMAN if role in ("USER", "Instruction", "Human") else ASSISTANT
-                     for role in turns[::2]]
+            marks = [HUMAN if ROLES.get(role.lower(), "user") == "user" and role != "Response"
+                     else ASSISTANT for role in turns[::2]]
             if all(m == (HUMAN, ASSISTANT)[i % 2] for i, m in enumerate(marks)):
                 return first.strip() + "".join(f"{m} {content.strip()}".rstrip()
                                                for m, content in zip(marks, turns[1::2]))
@@ -152,7 +159,7 @@ def reworded(text):
 def one_form(text):
     """A text with its newlines as one, and "User:" for "Human:" where only that is there."""
     text = re.sub("\r\n?", "\n", text)
-    if "Human:" not in text and re.match(r"\s*User:", text) and "\nAssistant:" in text:
+    if re.match(r"\s*User:", text) and "\nAssistant:" in text and "\nHuman:" not in text:
         text = re.sub(r"(\A\s*|\n)User:", r"\1Human:", text)
     return text
 
@@ -199,7 +206,11 @@ def open_turn(text, opening):
 def split_markup(text):
     """A whole dialogue in a template's markup → (prompt, the assistant's message)."""
     opening = markup(text)
-    head, mark, response = text.rpartition(opening.rstrip("\n"))
+    opens = opening.rstrip("\n")
+    bare = text.rstrip().removesuffix(opens)
+    if opens in bare and not MARKUPS[opening].search(bare, bare.rindex(opens)):
+        text = bare  # it opened the next turn behind the response
+    head, mark, response = text.rpartition(opens)
     if not mark or MARKUPS[opening].search(response):
         raise Drop("no assistant turn")
     return head + opening, {"role": "assistant", "content": response}

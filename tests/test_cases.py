@@ -449,6 +449,54 @@ ROWS = [
                                   "rejected": B}, "neither JSON nor Python"),
     ("three responses on each side", {"prompt": Q, "chosen": [A, "2", "3"],
                                       "rejected": [B, "5", "6"]}, "several texts"),
+    ("numpy's text of texts, which Python would join", sources.Cells({
+        "prompt": "['Hi' 'Hello.' 'Why?']", **AB}), "without commas"),
+    ("numpy's text of responses", sources.Cells({
+        "prompt": Q, "chosen": f"['{A}' 'So.']", "rejected": f"['{B}'\n 'No.']"}),
+     "without commas"),
+    ("the Arena, numpy's text of turns of which one is none", {
+        **ARENA, "prompt": "['Hi' 'Why?']", "response_a": "['Hello.' None]",
+        "winner_model_b": 1}, "without commas"),
+    ("numpy's text of a history", sources.Cells({
+        "query": Q, "history": "[['Hi' 'Hello.']]", **AB}), "without commas"),
+    ("messages of a union of structs", {"prompt": [
+        user("Hi"), {**says("Hello."), "input": None, "output": None}, user()], **AB}, TALK),
+    ("a tool's message with its input", {"prompt": [
+        user("Hi"), {**says("42", "tool"), "input": "look", "output": "42"}, user()], **AB}, TOOL),
+    ("a system beside an input of a message", {"conversation": [
+        {"input": Q, "output": None, "system": "Be kind."}], **AB}, "`system` of a message"),
+    ("two contents of a message", {"prompt": [{**user(), "value": "Why?"}], **AB}, "differ"),
+    ("User and Assistant, one line each, HH's mark quoted", {
+        "prompt": f"User: Is 'Human:' one?\nAssistant: Yes.\nUser: {Q}\nAssistant:", **AB},
+     TALK.replace("Hi", "Is 'Human:' one?").replace("Hello.", "Yes.")),
+    ("OASST's roles, one line each", {
+        "prompt": f"prompter: Hi\nassistant: Hello.\nprompter: {Q}", **AB}, TALK),
+    ("OASST's roles, a single turn", {"prompt": f"prompter: {Q}", **AB}, HH),
+    ("roles in small letters, one line each", {
+        "prompt": f"user: Hi\nassistant: Hello.\nuser: {Q}", **AB}, TALK),
+    ("Human and AI, one line each", {"prompt": f"Human: Hi\nAI: Hello.\nHuman: {Q}\nAI:", **AB},
+     TALK),
+    ("User and AI, one line each", {"prompt": f"User: Hi\nAI: Hello.\nUser: {Q}", **AB}, TALK),
+    ("HH, a log quoted with small roles", {
+        "prompt": f"\n\nHuman: See:\nassistant: hm{HH}", **AB},
+     f"\n\nHuman: See:\nassistant: hm{HH}"),
+    ("ChatML dialogues that open the next turn", {
+        "chosen": f"{CHATML}{A}<|im_end|>\n<|im_start|>assistant\n",
+        "rejected": f"{CHATML}{B}<|im_end|>\n<|im_start|>assistant"}, CHATML),
+    ("ChatML dialogues, one without an answer", {
+        "chosen": f"{CHATML}{A}<|im_end|>\n", "rejected": CHATML}, "empty response"),
+    ("responses of the user's", {"prompt": [user()], "chosen": [user()], "rejected": [user()]},
+     "no assistant turn"),
+    ("dialogues that differ by white space and an empty system turn", {
+        "chosen": [says("", "system"), user(f"{Q} "), says(A)], "rejected": [user(), says(B)]}, HH),
+    ("a reason that begins like a tie", {**TWO, "prompt": Q, "preference":
+                                         "Neither is perfect, but A is better"}, "does not say"),
+    ("a model's name that begins like a tie", {**TWO, "prompt": Q, "winner": "tiefighter-13b"},
+     "does not say"),
+    ("a tie in words", {**TWO, "prompt": Q, "winner": "Both are bad."}, "no preference"),
+    ("a document beside its question", {"prompt": Q, "document": "The sky.", **AB}, "`document`"),
+    ("a document that the prompt holds", {"prompt": Q, "document": "the sky", **AB}, HH),
+    ("paths of images", {"prompt": Q, "image_paths": ["x.png"], **AB}, "`image_paths`"),
     ("the Arena, a prompt that begins with a bracket", {
         **ARENA, "prompt": f"[note] {Q}", "winner_model_b": 1}, HH.replace(Q, f"[note] {Q}")),
 ]
@@ -491,7 +539,8 @@ def test_columns_that_are_used_otherwise_than_a_user_may_think_are_told():
            "score_rejected": 8.0}
     assert formats.read_row(row, "pairs", style, "x")["prompt"] == HH.replace(Q, f"{Q}\n\nclouds")
     formats.read_row({"prompt": [user(), says("Be rude.", "system")], **AB}, "pairs", style, "x")
-    formats.read_row({"prompt": f"User: {Q}\nAI:", **AB}, "pairs", style, "x")
+    for text in (f"{Q}\nAI:", f"User: {Q}", f"<image> {Q}"):
+        formats.read_row({"prompt": text, **AB}, "pairs", style, "x")
     assert sorted(style.notes) == [
         "prompts take in column `query`",
         "rows have a `margin`, in whose place the strength of stage 03 is used",
@@ -542,6 +591,21 @@ def test_rows_as_they_stand(row, want):
         assert want in str(problem)
     else:
         assert (clean["prompt"], clean["chosen"], clean["rejected"]) == want
+
+
+def test_links_are_read_as_what_they_stand_for(tmp_path):
+    """A hub's cache has files without an ending behind links; a folder may hold linked ones."""
+    (tmp_path / "blobs").mkdir(), (tmp_path / "snapshot/data").mkdir(parents=True)
+    (tmp_path / "blobs/abc").write_text(LINES)
+    (tmp_path / "snapshot/data/train.jsonl").symlink_to("../../blobs/abc")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/sub").symlink_to("../snapshot/data")
+    (tmp_path / "linked/sub_2").symlink_to("..")  # a circle: each file is read once
+    for source in ("snapshot/*/*.jsonl", "snapshot", "linked"):
+        found = sources.parts(str(tmp_path / source))
+        assert [Path(p).name for p in found] == ["train.jsonl"], source
+        assert sources.files(str(tmp_path / source)) == [str(tmp_path / "blobs/abc")]
+        sources.check([str(tmp_path / source)])
 
 
 PAIRS = [{"prompt": f"{Q} {i}", "chosen": f"{A} é", "rejected": B} for i in range(6)]

@@ -131,6 +131,11 @@ def test_messages_through_the_chat_template(chat_model):
                 ("assistant", " no"))}, model=chat_model)
     assert (row["prompt"], row["chosen"],
             row["rejected"]) == ("<s><system>Be kind.<user>Hi<assistant>", "yes", " no")
+    style = formats.style_of(chat_model, "auto")
+    for prompt in ("<|im_start|>user\nHi<|im_end|>\n", "<s><user>Hi<assistant>"):
+        style.notes.clear()
+        read({"prompt": prompt, "chosen": "yes", "rejected": "no"}, model=chat_model)
+        assert sum(style.notes.values()) == 1  # another markup, or the model's twice
     # plain strings too, but with --template hh
     assert read(pair(1), model=chat_model)["prompt"] == "<s><user>Question 1?<assistant>"
     assert read(pair(1), model=chat_model, template="hh") == read(pair(1))
