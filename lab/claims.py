@@ -3,12 +3,12 @@
 The claims, the quantities and the criteria stand in claims.toml. They were written before the
 experiments were run (git log has the commit) and are not changed after; a criterion that proves
 ill-posed is marked and a second one is put beside it, with the reason and the date. Each quantity
-has a 95 % interval: a bootstrap over the seeds and, inside a seed, over the pairs or prompts it was
-measured on; where it is one number a seed, Student's t over the seeds. The least of several has the
-least of their lower and of their upper bounds, these by Bonferroni: a bootstrap of the least itself
-lies too low, for the least of noisy values is below the least of the true ones. A claim **holds**
-when the interval lies inside the criterion, **fails** when it lies outside, and is **open** when it
-crosses it or fewer than three seeds were run.
+has a 95 % interval: Student's t over the seeds, and no less than a bootstrap over the seeds and,
+inside a seed, over the pairs or prompts it was measured on, where there are such. The least of
+several has the least of their lower and of their upper bounds, these by Bonferroni: a bootstrap of
+the least itself lies too low, for the least of noisy values is below the least of the true ones. A
+claim **holds** when the interval lies inside the criterion, **fails** when it lies outside, and is
+**open** when it crosses it or fewer than three seeds were run.
 """
 import tomllib
 from functools import partial
@@ -290,23 +290,28 @@ def verdict(low, high, criterion, seeds):
 
 
 def interval(measure, seeds, rng, replicates=REPLICATES):
-    """95 % percentile bootstrap interval of the mean over seeds: a replicate draws seeds with
-    replacement and, inside each, pairs or prompts with replacement. Where the measure draws none,
-    that of Student's t over the seeds. measure(d, pick) → number, or the members of which the least
-    is meant; seeds: [d]. → (low, high)."""
+    """95 % interval of the mean over seeds: that of Student's t, and no less than a percentile
+    bootstrap, whose replicates draw seeds with replacement and, inside each, pairs or prompts. With
+    five seeds the bootstrap alone covers about 82 %, with three 74. measure(d, pick) → number, or
+    the members of which the least is meant; seeds: [d]. → (low, high)."""
     drawn = []
 
-    def draw(n):
+    def all_of(n):
         drawn.append(n)
+        return np.arange(n)
+
+    def draw(n):
         return rng.integers(n, size=n)
 
-    values = [measure(d, draw) for d in seeds]
-    if not drawn:
-        return figures.student(values)  # of one seed the number: the claim stays open
-    means = np.array([np.mean([measure(seeds[s], draw) for s in draw(len(seeds))], 0)
-                      for _ in range(replicates)]).reshape(replicates, -1)      # [R, members]
-    bounds = np.percentile(means, [2.5, 100 - 2.5 / means.shape[1]], axis=0).min(1)
-    return tuple(float(x) for x in bounds.round(9))  # 1e-19 is no difference
+    values = np.array([measure(d, all_of) for d in seeds], float).reshape(len(seeds), -1)
+    above = 1 - 0.025 / values.shape[1]
+    low, high = figures.student(values, above)                                  # [members] each
+    if drawn:
+        means = np.array([np.mean([measure(seeds[s], draw) for s in draw(len(seeds))], 0)
+                          for _ in range(replicates)]).reshape(replicates, -1)  # [R, members]
+        least, most = np.quantile(means, [0.025, above], axis=0)
+        low, high = np.minimum(low, least), np.maximum(high, most)
+    return tuple(float(x.min().round(9)) for x in (low, high))  # 1e-19 is no difference
 
 
 def as_arrays(data):

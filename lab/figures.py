@@ -166,8 +166,8 @@ def data_11(run):
 
 
 def data_16(run):
-    """Rewards, their differences and J of each round's held-back samples at theta, theta' and under
-    the vanilla model."""
+    """Rewards, their differences and J (Eq. 11) of each round's held-back samples at theta, theta'
+    and under the vanilla model."""
     folder = run.path / "07_metarm"
     return {name: read(folder / name / "held_back.json") for name in rounds(run, "07_metarm")}
 
@@ -317,7 +317,8 @@ def data_table_3(run):
 def data_15(run):
     found = [row for row in data_table_3(run) if row["set"].startswith("ood_")]
     if not found:
-        raise Missing("no evaluation set is out of distribution (00_data.py --ood_prompts)")
+        raise Missing("no prompts out of distribution (00_data.py --ood_prompts) are of a task "
+                      "whose best round is known: it is chosen on the task's eval_ set")
     return found
 
 
@@ -416,11 +417,12 @@ def cell(values):
     return text + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
 
 
-def student(values):
-    """95 % interval of the mean of one number a seed, Student's t: (low, high)."""
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values) \
-        if len(values) > 1 else 0.0
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+def student(values, above=0.975):
+    """95 % interval of the mean of one number a seed, or of each of several ([S, ...]), Student's
+    t: (low, high), the high one at the level `above`; of one seed the number itself."""
+    error = scipy.stats.sem(values) if len(values) > 1 else 0.0
+    return tuple(np.mean(values, 0) + scipy.stats.t.ppf(level, max(len(values) - 1, 1)) * error
+                 for level in (0.025, above))
 
 
 def beside(values, control, form="+.3f"):
