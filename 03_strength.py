@@ -120,8 +120,10 @@ def consistency(valid, group_size):
     start = max(0, min(zero - size // 2, len(judged) - size))
     groups = {"weakest": judged[:size], "near_zero": judged[start:start + size],
               "strongest": judged[-size:]}
-    rho = scipy.stats.spearmanr([r[MEAN] for r in judged], [r["judge_label"] for r in judged])
-    return {"group_size": size, "rank_correlation": float(rho.statistic),
+    labels = [r["judge_label"] for r in judged]
+    rho = float(scipy.stats.spearmanr([r[MEAN] for r in judged], labels).statistic) \
+        if len(set(labels)) > 1 else None
+    return {"group_size": size, "rank_correlation": rho,
             **{name: [row["judge_label"] for row in rows] for name, rows in groups.items()},
             "groups": [(mean(g, MEAN), mean(g, "judge_label"))
                        for g in by_strength(judged, max(1, len(judged) // size))]}

@@ -94,9 +94,9 @@ def train_method(args, name, rows, valid_rows, gold, sft, tokenizer):
     if run is None:
         return
     columns = ("id", "prompt", "chosen", "rejected", "flipped", "margin", "smoothing")
+    rows, train = common.encode_pairs(tokenizer, rows, args.run)
     if common.rank() == 0:
         common.write_jsonl(run.dir / "train.jsonl", [{k: row[k] for k in columns} for row in rows])
-    _, train = common.encode_pairs(tokenizer, rows, args.run)
     valid_rows, valid = common.encode_pairs(tokenizer, valid_rows, args.run)
     watched = random.Random(args.seed).sample(train, min(len(train), len(valid)))
     steps = common.steps_for(args, len(train))

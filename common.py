@@ -268,11 +268,11 @@ def engine_config(args, micro_batch_size, accumulation):
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": getattr(args, "max_grad_norm", 0.0),
-        # round-robin gradients break safe_get_full_grad on several processes; parameters that stay
-        # gathered at ZeRO-3 would have two copies for MetaRM to restore
-        "zero_optimization": {"stage": args.zero, "round_robin_gradients": False,
+        "bf16": {"enabled": (bf16 := args.precision == "bf16"), "check_grad_overflow": False},
+        # in bf16 AdamW counts a step too many at ZeRO-0; round-robin gradients break
+        # safe_get_full_grad; parameters gathered at ZeRO-3 would have two copies for MetaRM
+        "zero_optimization": {"stage": max(args.zero, bf16), "round_robin_gradients": False,
                               "stage3_param_persistence_threshold": 0},
-        "bf16": {"enabled": args.precision == "bf16", "check_grad_overflow": False},
         "torch_autocast": {"enabled": args.precision == "autocast", "dtype": "bfloat16",
                            "lower_precision_safe_modules": []}}
 

@@ -7,6 +7,8 @@ import common  # noqa: F401  (first: it sets the environment)
 import torch
 import transformers
 
+from lab.templates import style_of
+
 
 def check(args):
     """Stop, with one line, on a --model that a later stage could not train. Nothing is loaded but
@@ -40,7 +42,9 @@ def check(args):
         common.die(f"the tokenizer of {name} has a larger vocabulary than the model's {embeddings} "
                    "embeddings: they do not belong together")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    needed = args.max_prompt_tokens + args.max_response_tokens
+    end = tokenizer(style_of(name, args.template).end, add_special_tokens=False)["input_ids"]
+    # a policy's response that was cut is ended, for a reward model
+    needed = args.max_prompt_tokens + args.max_response_tokens + max(len(end), 1)
     if context and needed > context:
         common.die(f"{name} reads {context} tokens, a prompt and its response may have {needed}: "
                    "give a smaller --max_prompt_tokens or --max_response_tokens")

@@ -22,7 +22,7 @@ from lab import experiments, judges  # noqa: E402
 
 import torch  # noqa: E402
 
-MOST, loaded = 500, {}  # training pairs that tell a reward model's scale; what `ensemble` gave
+MOST, loaded = 500, []  # training pairs that tell a reward model's scale; what `ensemble` gave
 
 
 def gold(groups, args, tokenizer):
@@ -45,10 +45,9 @@ def mean_std(groups, args, tokenizer):
 
 def votes(groups, args, tokenizer):
     """Standardised rewards under each model of the ensemble, [M, B, K]."""
-    key = args.out, args.seed, args.precision
-    loaded[key] = loaded.get(key) or ensemble(args, tokenizer)
+    loaded[:] = loaded or ensemble(args, tokenizer)
     batch = common.collate(groups, tokenizer.pad_token_id, "separate")
-    return torch.stack([(model(batch)[0] - c) / s for model, c, s in loaded[key]])
+    return torch.stack([(model(batch)[0] - c) / s for model, c, s in loaded])
 
 
 def ensemble(args, tokenizer):
@@ -57,7 +56,8 @@ def ensemble(args, tokenizer):
     _, pairs = common.encode_pairs(tokenizer, rows, args.run)
     found, few = [], SimpleNamespace(precision=args.precision, eval_batch_size=16)
     for name in members(args.out):
-        model = common.frozen(common.load_reward_model(f"{args.out}/{name}", args), args)
+        model = common.load_reward_model(f"{args.out}/{name}", args)
+        model = common.frozen(model, args, shard=True)
         rewards = common.score(model, pairs, few, "separate", tokenizer.pad_token_id)
         found.append((model, rewards.mean().item(), rewards.std().item()))
     return found
@@ -89,7 +89,10 @@ def main(argv=None):
         for name in reward_fn.inputs[1:]:
             common.require(args, name, "python 02_rm_ensemble.py")
     flags += ["--rm", args.rm, "--name", args.name or args.reward, "--out", args.out]
-    experiments.stage_of("06_ppo.py").main(flags, reward_fn)
+    try:
+        experiments.stage_of("06_ppo.py").main(flags, reward_fn)
+    finally:
+        loaded.clear()  # of this run's models; lab/experiments.py goes on
 
 
 if __name__ == "__main__":

@@ -797,6 +797,7 @@ def test_status_says_what_is_done_stopped_stale_and_missing(run_copy):
     os.close(unread)
     done = subprocess.run([sys.executable, "-m", "lab.status", run_copy], cwd=ROOT, stdout=end,
                           stderr=subprocess.PIPE)
+    os.close(end)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
     assert {p: p.stat().st_mtime_ns for p in before} == before
     shutil.move(run_copy / "02_rm_ensemble/rm_01", run_copy / "aside")

@@ -95,7 +95,9 @@ LLAMA = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     (lambda p: a_base(p, transformers.LlamaConfig(vocab_size=8, **LLAMA),
                       weights="pytorch_model.bin"), "no *.safetensors"),
     (lambda p: a_base(p, transformers.LlamaConfig(
-        vocab_size=8, max_position_embeddings=64, **LLAMA)), "reads 64 tokens")])
+        vocab_size=8, max_position_embeddings=64, **LLAMA)), "reads 64 tokens"),
+    (lambda p: a_base(p, transformers.LlamaConfig(  # a cut response is ended for a reward model
+        vocab_size=8, max_position_embeddings=768, **LLAMA)), "may have 769")])
 def test_a_base_model_that_cannot_be_trained_is_refused_in_00(make, says, tmp_path, capsys):
     model = make(tmp_path / "model")
     with pytest.raises(SystemExit) as stop:

@@ -367,7 +367,8 @@ def test_ppo_under_the_vote(run_copy):
     members = [f"02_rm_ensemble/rm_{m:02d}" for m in range(2)]
     assert {f"{m}/model.safetensors" for m in members} <= set(manifest["inputs"])
     args = SimpleNamespace(out=str(run_copy), precision="fp32", eval_batch_size=4, seed=0,
-                           layout="separate", run=json.loads((run_copy / "run.json").read_text()))
+                           layout="separate", zero=0,
+                           run=json.loads((run_copy / "run.json").read_text()))
     tokenizer = common.load_tokenizer(run_copy / "01_sft")
     _, groups = common.encode_pairs(tokenizer, lines(run_copy / "03_strength/valid.jsonl"),
                                     args.run)
