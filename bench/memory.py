@@ -57,8 +57,9 @@ def states(P, precision, zero, G=1):
     """Weights, gradients, master copy, Adam's two moments; from ZeRO-1 on also DeepSpeed's buffer
     for gradients, with those that wait to be sent, and at ZeRO-3 gathered parameters."""
     width = 2 if precision == "bf16" else 4
+    zero = max(zero, precision == "bf16")  # as common.engine_config has it
     share = [G if zero >= stage else 1 for stage in (3, 2, 1)]
-    master = 4 if precision == "bf16" or zero else 0
+    master = 4 if zero else 0
     return P * (width / share[0] + width / share[1] + (master + 8) / share[2]) + \
         width * (BUCKET * (zero > 0) + min(P, BUCKET) * (zero in (1, 2)) +
                  min(P, LIVE) * (zero == 3 and G > 1))
