@@ -172,8 +172,8 @@ def main(argv=None):
         against = verdicts[item["set"]].setdefault(item["policy"], {})
         against.setdefault(item["opponent"], []).append(v)
     best, unseen = best_rounds(verdicts)
-    for name in sets if best else ():
-        if name.split("_", 1)[1] not in best:
+    for name in sets:
+        if f"eval_{name.split('_', 1)[1]}" not in sets:
             common.log(f"{name}: its task has no eval_ set to choose a best round on: no Table 3")
     every, table_3 = tables(verdicts, best, unseen)
     table_2 = [row for row in every if row["opponent"] == "sft"]

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import functools
 import gc
-import glob
 import hashlib
 import json
 import math
@@ -96,7 +95,8 @@ def setup(args, one_thread=False):
                           MASTER_PORT="0")
     if args.deterministic:
         if device().type == "cuda" and getattr(args, "top_p", 1) < 1:
-            die("--deterministic needs --top_p 1 on a GPU: PyTorch has no such sum of a nucleus")
+            die("--deterministic needs --top_p 1 on a GPU: a nucleus takes a cumulative sum, which "
+                "is not deterministic there")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     if device().type == "cuda":
@@ -406,13 +406,17 @@ def sync(path):
 
 
 def user_files(path):
-    """Absolute paths of a user's own file, or of all files in a directory but hidden ones."""
+    """Absolute paths of a user's own file, or of all files in a directory but hidden ones, behind
+    links to folders too."""
     path = Path(path).resolve()
-    found = {} if path.is_dir() else {path: str(path)}
-    for name in sorted(map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True))):
-        if name.is_file():  # also behind links to folders, each file once
-            found.setdefault(name.resolve(), str(name))
-    return list(found.values())
+    found, seen = [path], {str(path)}
+    for folder, below, names in os.walk(path, followlinks=True):
+        found += [Path(folder, name) for name in names if name[0] != "."]
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(below)
+                if name[0] != "."}
+        below[:] = [name for name in real if real[name] not in seen]  # or a circle has no end
+        seen.update(real.values())
+    return [str(p) for p in sorted(found) if p.is_file()]
 
 
 code_hash = functools.cache(sha256)  # a file that is changed later is not what this process runs

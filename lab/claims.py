@@ -3,8 +3,8 @@
 The claims, the quantities and the criteria stand in claims.toml. They were written before the
 experiments were run (git log has the commit) and are not changed after; a criterion that proves
 ill-posed is marked and a second one is put beside it, with the reason and the date. Each quantity
-has a 95 % interval: Student's t over the seeds, and no less than a bootstrap over the seeds and,
-inside a seed, over the pairs or prompts it was measured on, where there are such. The least of
+has a 95 % interval: Student's t over the seeds, and no narrower than a bootstrap over the seeds
+and, inside a seed, over the pairs or prompts it was measured on, where there are such. The least of
 several has the least of their lower and of their upper bounds, these by Bonferroni: a bootstrap of
 the least itself lies too low, for the least of noisy values is below the least of the true ones. A
 claim **holds** when the interval lies inside the criterion, **fails** when it lies outside, and is
@@ -290,7 +290,7 @@ def verdict(low, high, criterion, seeds):
 
 
 def interval(measure, seeds, rng, replicates=REPLICATES):
-    """95 % interval of the mean over seeds: that of Student's t, and no less than a percentile
+    """95 % interval of the mean over seeds: that of Student's t, and no narrower than a percentile
     bootstrap, whose replicates draw seeds with replacement and, inside each, pairs or prompts. With
     five seeds the bootstrap alone covers about 82 %, with three 74. measure(d, pick) → number, or
     the members of which the least is meant; seeds: [d]. → (low, high)."""

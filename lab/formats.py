@@ -30,13 +30,10 @@ contents are never printed: some are offensive.
 """
 import ast
 import contextlib
-import io
 import json
 import re
-import tokenize
 import unicodedata
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import common
@@ -68,9 +65,9 @@ CHOSEN_OF_TWO = [(stem + a, stem + b) for stem in (
 CHOICES = ("better_response_id", "safer_response_id", "choice", "winner", "preference", "preferred",
            "chosen", "label", "labels")
 ARENA = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie")
-TIE = re.compile(  # not a reason that begins so
-    r"(tied?|both|neither|draw|equal(ly)?|(the_)?same|a=b)(\W?_?\W?(tied?|both|all|are|is|bad|good"
-    r"|fine|equal(ly)?|preferred|better|quality|preference|responses?|answers?))*\W?")
+TIE = re.compile(  # and a few words, but no reason that begins so
+    r"(?!.*([,;:.].*\w|_but_))(tied?|ties|both(bad|good)?|neither|draw|equal(ly)?|(the_)?same|a=b)"
+    r"(?![^\W_])([\W_]+[^\W_]+){0,4}[\W_]*")
 NAME = re.compile(
     r"((model|response|answer|output|completion|assistant|option|summary)_?)?(\d|[a-d])")
 ANSWERS = ("response", "output", "completion", "answer", "chosen")
@@ -83,6 +80,8 @@ SYSTEM = ("system", "system_prompt", "system_message")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEYS = {"role", "from", "content", "value", "input", "output", "tool_call_id", "name", *CALLS,
         *REASONING}
+TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None)"""
+UNSEPARATED = re.compile(rf"\[[\[\s]*{TEXT}([\s\[\]]+{TEXT})+[\s\]]*\]", re.DOTALL)
 OPENED = re.compile(rf"\A(\s*(Assistant:|{'|'.join(re.escape(m.rstrip()) for m in MARKUPS)}))+\s*")
 
 
@@ -127,12 +126,8 @@ def literal(text):
     text = text.strip()
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    with contextlib.suppress(SyntaxError, tokenize.TokenError):
-        tokens = tokenize.generate_tokens(io.StringIO(text).readline) if text[-1:] == "]" else ()
-        texts = [t.type == tokenize.STRING or t.string == "None" for t in tokens
-                 if t.type != tokenize.NL]
-        if any(a and b for a, b in pairwise(texts)):
-            raise Bad("a list of texts without commas between them, as numpy prints it")
+    if UNSEPARATED.fullmatch(text):
+        raise Bad("a list of texts without commas between them, as numpy prints it")
     with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return ast.literal_eval(text)
 
@@ -143,7 +138,7 @@ def message(m):
                      for a, b in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role.strip().lower() not in ROLES:
         raise Bad(f"a message's role must be one of {', '.join(ROLES)}")
-    if None not in (said := [m.get("content"), m.get("value")]) and said[0] != said[1]:
+    if len({v for k in ("content", "value") if isinstance(v := m.get(k), str) and v.strip()}) > 1:
         raise Bad("`content` and `value` of a message differ")
     more = {k: m[k] for k in (*CALLS, *REASONING, "tool_call_id", "name") if m.get(k)}
     if isinstance(content, list):
@@ -719,17 +714,19 @@ def in_one_form(row, style):
     asked = [row[k] for k in (*PROMPTS, "input") if not is_blank(row.get(k, ""))]
     if not asked and isinstance(row.get("history"), str):  # SHP's prompt
         asked = [row["history"]]
-    marked = not asked or any(isinstance(v, str) and reworded(v) != v for v in asked)
+    marked = [v.strip() for v in asked if isinstance(v, str) and reworded(v) != v]
 
-    def one(text):
+    def one(name, text):
         new = reworded(text)
-        for t in asked if new == text else ():  # the prompt, said once more
-            t = t.strip() if isinstance(t, str) else ""
-            if t != reworded(t) and text.strip().startswith(t):
+        last = new.rpartition(ASSISTANT)[2].strip()
+        if name in (*PROMPTS, "input") and "\n\n" in last and HUMAN not in last:
+            return text  # it goes on behind turns that it quotes
+        for t in marked if new == text else ():  # the prompt, said once more
+            if text.strip().startswith(t):
                 return reworded(t) + text.strip()[len(t):]
-        return new if marked or ASSISTANT in new and all(
+        return new if marked or not asked or ASSISTANT in new and all(
             held(t, new) for t in words(asked)) else text
-    return type(row)({k: one(v) if isinstance(v, str) else v for k, v in row.items()})
+    return type(row)({k: one(k, v) if isinstance(v, str) else v for k, v in row.items()})
 
 
 def check_left(row, clean, kind):
@@ -737,6 +734,8 @@ def check_left(row, clean, kind):
     kept = " ".join(x for x in clean.values() if isinstance(x, str))
     for name in (*PROMPTS, "input", *SYSTEM, "history", "document", "article"):
         left = parsed(row.get(name))
+        if name in ("document", "article"):  # where it is no name, and not even its beginning there
+            left = " ".join(some) if len(some := str(left or "").split()[:8]) > 1 else None
         if kind == "prompts" and isinstance(left, list):
             continue  # whole dialogues, whose responses are not wanted
         with contextlib.suppress(Bad):

@@ -66,16 +66,18 @@ def saved_to_disk(source):
 
 
 def parts(source):
-    """The sources that one stands for: the files of a folder or glob, the folders of a hub id."""
+    """The sources that one stands for: the files of a folder or glob, each once whatever its names,
+    the folders of a hub id."""
     if source in TOY or Path(source).is_file() or saved_to_disk(source):
         return [source]
     if Path(source).is_dir():
-        return [p for p in user_files(source) if container(p) and not METADATA.search(p)]
-    if any(c in source for c in "*?["):
-        found = sorted(glob.glob(source, recursive=True))
-        return list(dict.fromkeys(os.path.abspath(f) for p in found for f in (
-            parts(p) if Path(p).is_dir() else [p])))
-    return FOLDERS.get(source, [source])
+        found = [p for p in user_files(source) if container(p) and not METADATA.search(p)]
+    elif any(c in source for c in "*?["):
+        found = [str(Path(f).absolute()) for p in sorted(glob.glob(source, recursive=True))
+                 for f in (parts(p) if Path(p).is_dir() else [p])]
+    else:
+        return FOLDERS.get(source, [source])
+    return list({os.path.realpath(p): p for p in found[::-1]}.values())[::-1]
 
 
 def called(source, part):

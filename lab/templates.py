@@ -46,8 +46,8 @@ WORDED = [(re.compile(begin, re.DOTALL), re.compile(mark)) for begin, mark in (
      r"(?<!\s)\s*### (Instruction|Human|Response|Assistant):"),
     (r"\s*Human:(?!.*\n *(Human|Assistant):).*\sAssistant:\s*\Z",
      r"(?:\A\s*|(?<!\s)\s+)(Human|Assistant):"),
-    (r"\s*(Human:(?!.*\n *Assistant:)(?=.*\n *(AI|Bot|bot|assistant):)|prompter:"
-     r"|(human|User|user):(?=.*\n *(AI|Bot|bot|[Aa]ssistant):))",
+    (r"(Human:(?!.*\n *Assistant:)(?=.*\n *(AI|Bot|bot|assistant):)|\s*prompter:"
+     r"|\s*(human|User|user):(?=.*\n *(AI|Bot|bot|[Aa]ssistant):))",
      r"(?:\A\s*|\n *)([Hh]uman|[Uu]ser|prompter|AI|[Bb]ot|[Aa]ssistant):"))]
 UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"  # Chinese and Japanese
 CALLS = ("tool_calls", "function_call")
@@ -58,8 +58,9 @@ DAY = date(2024, 7, 26)  # what a chat template that writes the date is told
 def style_of(model, template="auto"):
     """How dialogues become text: by the chat template of --model (`auto`, where it has one), in HH
     form (`hh`), or strings as they are (`none`). → `form` (chat, hh, none), the tokenizer of chat,
-    `end` (what the template writes after a response), `lead` (what a response begins with), `day`
-    (what a template that asks for the date is told)."""
+    `end` (what the template writes after a response), `lead` (what a response begins with), `asks`
+    and `opened` (what it opens a dialogue with, and a whole prompt), `day` (what a template that
+    asks for the date is told)."""
     style = SimpleNamespace(form="none" if template == "none" else "hh", tokenizer=None, end="",
                             lead="" if template == "none" else " ", day=None, notes=Counter(),
                             opened="", asks="")
@@ -157,7 +158,7 @@ def reworded(text):
 
 
 def one_form(text):
-    """A text with its newlines as one, and "User:" for "Human:" where only that is there."""
+    """A text with its newlines as one, and "Human:" for "User:" where only that is there."""
     text = re.sub("\r\n?", "\n", text)
     if re.match(r"\s*User:", text) and "\nAssistant:" in text and "\nHuman:" not in text:
         text = re.sub(r"(\A\s*|\n)User:", r"\1Human:", text)
@@ -208,7 +209,8 @@ def split_markup(text):
     opening = markup(text)
     opens = opening.rstrip("\n")
     bare = text.rstrip().removesuffix(opens)
-    if opens in bare and not MARKUPS[opening].search(bare, bare.rindex(opens)):
+    if opens in bare and opens != "[/INST]" and \
+            not MARKUPS[opening].search(bare, bare.rindex(opens)):
         text = bare  # it opened the next turn behind the response
     head, mark, response = text.rpartition(opens)
     if not mark or MARKUPS[opening].search(response):

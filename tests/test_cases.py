@@ -463,6 +463,16 @@ ROWS = [
         user("Hi"), {**says("Hello."), "input": None, "output": None}, user()], **AB}, TALK),
     ("a tool's message with its input", {"prompt": [
         user("Hi"), {**says("42", "tool"), "input": "look", "output": "42"}, user()], **AB}, TOOL),
+    ("Python's text of messages, a long one in pieces", {
+        "prompt": f"[{{'role': 'user',\n  'content': ('Why is '\n  {Q[7:]!r})}}]", **AB}, HH),
+    ("a number beside a message", {"prompt": [{**user(), "value": 0.7}], **AB}, HH),
+    ("a chat that the user quotes and asks about", {
+        "prompt": f"user: alice\nassistant: bob\n\n{Q}", **AB},
+     f"\n\nHuman: user: alice\nassistant: bob\n\n{Q}\n\nAssistant:"),
+    ("HH that quotes a line of an AI's", {"prompt": f"\n\nHuman: {Q}\nAI: Hello.", **AB},
+     f"\n\nHuman: {Q}\nAI: Hello.\n\nAssistant:"),
+    ("[INST] dialogues whose answers end in a mark", {
+        "chosen": f"{INST} {A}", "rejected": f"{INST} {B} [/INST]"}, "prompts differ"),
     ("a system beside an input of a message", {"conversation": [
         {"input": Q, "output": None, "system": "Be kind."}], **AB}, "`system` of a message"),
     ("two contents of a message", {"prompt": [{**user(), "value": "Why?"}], **AB}, "differ"),
@@ -493,8 +503,12 @@ ROWS = [
                                          "Neither is perfect, but A is better"}, "does not say"),
     ("a model's name that begins like a tie", {**TWO, "prompt": Q, "winner": "tiefighter-13b"},
      "does not say"),
-    ("a tie in words", {**TWO, "prompt": Q, "winner": "Both are bad."}, "no preference"),
+    *((f"a tie in words: {words}", {**TWO, "prompt": Q, "winner": words}, "no preference")
+      for words in ("Both are bad.", "tie (inconsistent)", "tie (bothbad)", "neither A nor B",
+                    "both_good", "Equally good", "the same", "both" + " bad" * 3)),
+    ("a tie, a long one", {**TWO, "prompt": Q, "winner": "both" + ",bad" * 3000 + ",x"}, "not say"),
     ("a document beside its question", {"prompt": Q, "document": "The sky.", **AB}, "`document`"),
+    ("a document's name", {"prompt": Q, "document": "sky.txt", "article": 12, **AB}, HH),
     ("a document that the prompt holds", {"prompt": Q, "document": "the sky", **AB}, HH),
     ("paths of images", {"prompt": Q, "image_paths": ["x.png"], **AB}, "`image_paths`"),
     ("the Arena, a prompt that begins with a bracket", {
@@ -600,12 +614,18 @@ def test_links_are_read_as_what_they_stand_for(tmp_path):
     (tmp_path / "snapshot/data/train.jsonl").symlink_to("../../blobs/abc")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/sub").symlink_to("../snapshot/data")
-    (tmp_path / "linked/sub_2").symlink_to("..")  # a circle: each file is read once
-    for source in ("snapshot/*/*.jsonl", "snapshot", "linked"):
+    for name in ("a", "b"):  # circles: each file is read once
+        (tmp_path / "linked" / name).symlink_to("..")
+    (tmp_path / "named").mkdir()
+    for name in ("old", "x.jsonl", "y.jsonl"):  # the first that can be read
+        (tmp_path / "named" / name).symlink_to("../blobs/abc")
+    for source in ("snapshot/*/*.jsonl", "snapshot", "linked", "named", "named/*.jsonl",
+                   "linked/sub/../*/*.jsonl", ""):
         found = sources.parts(str(tmp_path / source))
-        assert [Path(p).name for p in found] == ["train.jsonl"], source
+        assert len(found) == 1 and found[0].endswith(".jsonl"), source
         assert sources.files(str(tmp_path / source)) == [str(tmp_path / "blobs/abc")]
         sources.check([str(tmp_path / source)])
+    assert common.user_files("owner/name") == []  # a hub id is no file of the user's
 
 
 PAIRS = [{"prompt": f"{Q} {i}", "chosen": f"{A} é", "rejected": B} for i in range(6)]
