@@ -106,6 +106,8 @@ def check(sources):
         if local and not found:
             die(f"{s} names no file that ends in one of {', '.join(SUFFIXES)}")
         for p in found:
+            if Path(p).is_file() and saved_to_disk(folder := Path(p).parent):
+                die(f"{folder} was written by save_to_disk: give that folder itself")
             if Path(p).is_file() and not container(p):
                 die(f"{p}: a file must end in one of {', '.join(SUFFIXES)}, or in one of them and "
                     f"{' or '.join(PACKED)}")

@@ -779,6 +779,21 @@ def test_a_container_that_cannot_be_read_is_one_line(name, content, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_datasets_saved_is_read_as_one(tmp_path, capsys):
+    import datasets
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(PAIRS)}).save_to_disk(
+        tmp_path / "all" / "saved")
+    for source in ("all/saved", "all/saved/train"):
+        source = str(tmp_path / source)
+        sources.check([source])
+        rows = [row for part in sources.parts(source)
+                for _, row in sources.raw_rows(part, "pairs", None)]
+        assert [row["prompt"] for row in rows] == [p["prompt"] for p in PAIRS]
+    with pytest.raises(SystemExit):
+        sources.check([str(tmp_path / "all")])
+    assert "all/saved was written by save_to_disk" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, content", [
     ("x.csv", b"prompt,rejected,chosen,rejected\nQ,A,B,C\n"),
     ("x.jsonl", "".join(json.dumps({"prompt": f"{Q} {i}", **TWO, "choice": i}) + "\n"
